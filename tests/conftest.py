@@ -1,0 +1,61 @@
+"""What every test shares: seeds, threads, hypothesis settings, markers, and the folder ../shared."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+# Failing examples must be the same on every machine, and a slow core must not fail a test.
+settings.register_profile(
+    "ci", deadline=None, derandomize=True, max_examples=50, print_blob=True, database=None
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: takes over ten seconds; leave out with -m 'not slow'")
+    config.addinivalue_line(
+        "markers", "real: uses the weights and photos of ../shared; skipped where it is absent"
+    )
+    if threads := os.environ.get("OMP_NUM_THREADS"):
+        torch.set_num_threads(int(threads))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Name each documentation block that was not run; test_docs_run.py records them."""
+    notes = {  # a set: the set-up, call and teardown of a test each report it
+        str(value)
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        for name, value in getattr(report, "user_properties", ())
+        if name == "docs_skip"
+    }
+    if notes:
+        terminalreporter.write_line(f"documentation blocks not run: {len(notes)}")
+        for note in sorted(notes):
+            terminalreporter.write_line(f"  {note}")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    """Start every test from the same random state, whatever ran before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    return 0
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder ../shared with real weights and photos; a test that asks for it is skipped without it."""
+    if not SHARED.is_dir():
+        pytest.skip("needs ../shared")
+    return SHARED

@@ -1,0 +1,114 @@
+"""Calibration inputs: re-iterable, cut into fixed micro-batches so that no other batch size can change a scale."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from vitq.core.errors import DataError
+
+MICRO_BATCH = 32
+ForwardFn = Callable[[nn.Module, Any], Any]
+
+
+def default_forward(model: nn.Module, batch: Any) -> Any:
+    """Call the model on one batch.
+
+    A tensor is the only argument; a mapping gives keyword arguments (without labels); (images, labels) as
+    data loaders give it is `images`; any other tuple or list gives positional arguments.
+    """
+    if isinstance(batch, Tensor):
+        return model(batch)
+    if isinstance(batch, dict):
+        return model(**{k: v for k, v in batch.items() if k not in ("label", "labels")})
+    if (
+        len(batch) == 2
+        and isinstance(batch[1], Tensor)
+        and not batch[1].is_floating_point()
+        and batch[1].ndim == 1
+    ):
+        return model(batch[0])
+    return model(*batch)
+
+
+class Batches:
+    """Micro-batches that can be gone through again and again.
+
+    Args:
+        make: gives a fresh iterator over micro-batches, each a pytree of tensors.
+        sizes: number of examples in each of them.
+        forward: runs the model on one of them.
+    """
+
+    def __init__(
+        self, make: Callable[[], Iterator[Any]], sizes: list[int], forward: ForwardFn = default_forward
+    ) -> None:
+        self._make = make
+        self.sizes = sizes
+        self.forward = forward
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._make()
+
+    @property
+    def count(self) -> int:
+        """Number of examples."""
+        return sum(self.sizes)
+
+    @classmethod
+    def of(cls, data: Any, forward: ForwardFn = default_forward) -> Batches:
+        """Wrap a tensor, a pytree of tensors with one leading size, or an iterable of batches.
+
+        Tensors are cut into micro-batches of 32. An iterable's batches are taken as they come and kept, so
+        that a generator can be gone through again.
+
+        Raises:
+            DataError: no data, or NaN or Inf in it.
+        """
+        if isinstance(data, Batches):
+            return data
+        if isinstance(data, (Tensor, dict)) or (
+            isinstance(data, tuple) and all(isinstance(t, Tensor) for t in data)
+        ):
+            _check(data, "calibration data")
+            return cls(lambda: split(data, MICRO_BATCH), sizes_of(leading_size(data)), forward)
+        if not isinstance(data, Iterable):
+            raise DataError(
+                f"calibration data of type {type(data).__name__}; give a tensor or batches of tensors"
+            )
+        kept = list(data)
+        if not kept:
+            raise DataError("calibration data holds no batches; give at least one image")
+        for number, batch in enumerate(kept):
+            _check(batch, f"calibration batch {number}")
+        return cls(lambda: iter(kept), [leading_size(b) for b in kept], forward)
+
+
+def sizes_of(count: int, size: int = MICRO_BATCH) -> list[int]:
+    """Sizes of the micro-batches that `count` examples are cut into."""
+    return [min(size, count - start) for start in range(0, count, size)]
+
+
+def leading_size(batch: Any) -> int:
+    """Size of the first dimension of the first tensor of a pytree, 0 without tensors."""
+    tensors = [t for t in pytree.tree_leaves(batch) if isinstance(t, Tensor) and t.ndim]
+    return tensors[0].shape[0] if tensors else 0
+
+
+def split(batch: Any, size: int) -> Iterator[Any]:
+    """Cut a pytree of tensors along their first dimension."""
+    for start in range(0, leading_size(batch), size):
+        yield pytree.tree_map(lambda t: t[start : start + size] if isinstance(t, Tensor) else t, batch)
+
+
+def _check(batch: Any, where: str) -> None:
+    tensors = [t for t in pytree.tree_leaves(batch) if isinstance(t, Tensor)]
+    if not tensors or leading_size(batch) == 0:
+        raise DataError(f"{where} holds no tensors; give at least one image")
+    for tensor in tensors:
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise DataError(f"{where} contains NaN or Inf; look at the images or the preprocessing")

@@ -1,0 +1,119 @@
+"""Put quantizers where the trace found products, without touching the module tree.
+
+An owner (the innermost module whose forward makes a product) keeps its place, name, parameters and class
+name; its class becomes a subclass whose forward runs the original one under a mode that hands the operands
+of its products to their quantizers. Works in eager mode, torch.export and torch.compile.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from vitq.core.errors import TraceError
+from vitq.core.site import Graph
+from vitq.graph.ops import PRODUCTS
+
+# (kind, ordinal) -> operand -> quantizer; an empty inner mapping is a call known and left float.
+Table = dict[tuple[str, int], dict[str, nn.Module]]
+
+
+class _Interception(TorchFunctionMode):
+    """Counts an owner's products and passes their operands through the quantizers of their sites."""
+
+    def __init__(self, owner: str, table: Table) -> None:
+        super().__init__()
+        self.owner = owner
+        self.table = table
+        self.seen: dict[str, int] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        product = PRODUCTS.get(func)
+        if product is None:
+            return func(*args, **kwargs)
+        ordinal = self.seen.get(product.kind, 0)
+        self.seen[product.kind] = ordinal + 1
+        quantizers = self.table.get((product.kind, ordinal))
+        if quantizers is None:
+            raise TraceError(
+                f"{self.owner or 'the model'} made a call ({product.kind} number {ordinal}) that it did not make while "
+                f"it was traced; trace it with an example that takes the same way, in the same mode"
+            )
+        if product.unsupported(*args, **kwargs):
+            # Known since the trace, and left float. Outer owners must not count it again.
+            with torch._C.DisableTorchFunction():
+                return func(*args, **kwargs)
+        if not any(q.active for q in quantizers.values()):
+            return product.plain(*args, **kwargs)
+
+        def port(operand: str, tensor: Tensor) -> Tensor:
+            quantizer = quantizers.get(operand)
+            return tensor if quantizer is None else quantizer(tensor)
+
+        return product.run(port, *args, **kwargs)
+
+
+class QuantizedOwner(nn.Module):
+    """Mixed into the class of a module that makes products; holds its quantizers by call."""
+
+    _vitq_owner: str
+    _vitq_table: Table
+    _vitq_forward: Callable[..., Any] | None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The original forward, with its products intercepted."""
+        with _Interception(self._vitq_owner, self._vitq_table):
+            if self._vitq_forward is not None:
+                return self._vitq_forward(*args, **kwargs)
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+
+def attach(model: nn.Module, graph: Graph, quantizers: Mapping[str, nn.Module]) -> None:
+    """Route every product of the graph through the quantizers of its sites, in place.
+
+    Args:
+        model: the module that was traced, or one of the same structure.
+        quantizers: site id -> quantizer; sites without one stay float.
+    """
+    modules = dict(model.named_modules())
+    tables: dict[str, Table] = {}
+    for call in graph.calls:
+        table = tables.setdefault(call.owner, {})
+        operands = {site.rsplit(".", 1)[1]: site for site in call.sites}
+        table[(call.op, call.ordinal)] = {o: quantizers[s] for o, s in operands.items() if s in quantizers}
+    for owner, table in tables.items():
+        _take_over(modules[owner], owner, table)
+
+
+def detach(model: nn.Module) -> None:
+    """Undo `attach`: every module gets its own class back."""
+    for module in model.modules():
+        if isinstance(module, QuantizedOwner):
+            forward = module._vitq_forward
+            module.__class__ = type(module).__mro__[2]
+            for name in ("_vitq_owner", "_vitq_table", "_vitq_forward"):
+                delattr(module, name)
+            if forward is not None:
+                module.forward = forward
+
+
+def _take_over(module: nn.Module, owner: str, table: Table) -> None:
+    if not isinstance(module, QuantizedOwner):
+        # A forward patched onto the instance would hide the class's.
+        module._vitq_forward = module.__dict__.pop("forward", None)
+        module.__class__ = _owner_class(type(module))
+    module._vitq_owner = owner
+    module._vitq_table = table
+
+
+@functools.cache
+def _owner_class(cls: type) -> type:
+    # One class per original class, so that torch.compile treats equal layers alike.
+    looks = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    return type(cls.__name__, (QuantizedOwner, cls), looks)

@@ -1,0 +1,210 @@
+"""The matrix products that vitq knows: how each is called, what its operands are, how it runs on quantized ones.
+
+One table serves the trace and the interception, so both count the same calls in the same order. A product is
+executed through its ATen overload: modes of outer owners do not count that again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vitq.graph import attention
+
+ATEN = torch.ops.aten
+# Gives the tensor to use in place of a named operand.
+Port = Callable[[str, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Product:
+    """One kind of call.
+
+    Attributes:
+        kind: name in site identities.
+        operands: (args, kwargs) -> operand name -> tensor, in the order in which they are used; operands that
+            only exist inside the call (attention probabilities) are absent.
+        run: (port, args, kwargs) -> result, every operand passed through the port.
+        macs: (output, args, kwargs) -> multiply-accumulates.
+        inner: (args, kwargs) -> name -> shape of operands that exist only inside the call.
+        unsupported: (args, kwargs) -> what about this form is not taken apart, or "".
+    """
+
+    kind: str
+    operands: Callable[..., dict[str, Tensor]]
+    run: Callable[..., Any]
+    macs: Callable[..., int]
+    inner: Callable[..., dict[str, tuple[int, ...]]] = lambda *args, **kwargs: {}
+    unsupported: Callable[..., str] = lambda *args, **kwargs: ""
+    fused: Callable[..., Any] | None = None
+
+    def plain(self, *args: Any, **kwargs: Any) -> Any:
+        """The call in float: fused where there is such a kernel, else taken apart with its operands as they are."""
+        if self.fused is not None:
+            return self.fused(*args, **kwargs)
+        return self.run(_as_it_is, *args, **kwargs)
+
+
+def _as_it_is(operand: str, tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> dict[str, Tensor]:
+    return {"input": input, "weight": weight}
+
+
+def _run_linear(port: Port, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return ATEN.linear.default(port("input", input), port("weight", weight), bias)  # type: ignore[no-any-return]
+
+
+def _macs_linear(out: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> int:
+    return input.numel() * weight.shape[0]
+
+
+def _conv(input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    return {"input": input, "weight": weight}
+
+
+def _run_conv(name: str) -> Callable[..., Tensor]:
+    packet = getattr(ATEN, name)
+
+    def run(port: Port, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return packet(port("input", input), port("weight", weight), *args, **kwargs)  # type: ignore[no-any-return]
+
+    return run
+
+
+def _macs_conv(out: Tensor, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> int:
+    return out.numel() * math.prod(weight.shape[1:])
+
+
+def _macs_conv_transpose(out: Tensor, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> int:
+    return input.numel() * math.prod(weight.shape[1:])
+
+
+def _pair(a: Tensor, b: Tensor, **kwargs: Any) -> dict[str, Tensor]:
+    return {"lhs": a, "rhs": b}
+
+
+def _matmul(input: Tensor, other: Tensor | None = None, **kw: Any) -> dict[str, Tensor]:
+    return _pair(input, other if other is not None else kw["mat2"] if "mat2" in kw else kw["tensor2"])
+
+
+def _run_matmul(port: Port, input: Tensor, other: Tensor | None = None, **kw: Any) -> Tensor:
+    both = _matmul(input, other, **kw)
+    return ATEN.matmul.default(port("lhs", both["lhs"]), port("rhs", both["rhs"]))  # type: ignore[no-any-return]
+
+
+def _macs_matmul(out: Tensor, input: Tensor, other: Tensor | None = None, **kw: Any) -> int:
+    return out.numel() * input.shape[-1]
+
+
+def _rmatmul(self: Tensor, other: Tensor) -> dict[str, Tensor]:
+    return _pair(other, self)
+
+
+def _run_rmatmul(port: Port, self: Tensor, other: Tensor) -> Tensor:
+    return _run_matmul(port, other, self)
+
+
+def _macs_rmatmul(out: Tensor, self: Tensor, other: Tensor) -> int:
+    return out.numel() * other.shape[-1]
+
+
+def _add_matmul(input: Tensor, a: Tensor, b: Tensor, **kw: Any) -> dict[str, Tensor]:
+    return _pair(a, b)
+
+
+def _run_add_matmul(name: str) -> Callable[..., Tensor]:
+    packet = getattr(ATEN, name)
+
+    def run(port: Port, input: Tensor, a: Tensor, b: Tensor, **kw: Any) -> Tensor:
+        return packet(input, port("lhs", a), port("rhs", b), **kw)  # type: ignore[no-any-return]
+
+    return run
+
+
+def _macs_add_matmul(out: Tensor, input: Tensor, a: Tensor, b: Tensor, **kw: Any) -> int:
+    return out.numel() * a.shape[-1]
+
+
+def _einsum_tensors(tensors: tuple[Any, ...]) -> list[Tensor]:
+    return list(tensors[0]) if len(tensors) == 1 and isinstance(tensors[0], (list, tuple)) else list(tensors)
+
+
+def _einsum(equation: str, *tensors: Any) -> dict[str, Tensor]:
+    pair = _einsum_tensors(tensors)
+    return _pair(pair[0], pair[1])
+
+
+def _run_einsum(port: Port, equation: str, *tensors: Any) -> Tensor:
+    a, b = _einsum_tensors(tensors)
+    return ATEN.einsum.default(equation, [port("lhs", a), port("rhs", b)])  # type: ignore[no-any-return]
+
+
+def _macs_einsum(out: Tensor, equation: str, *tensors: Any) -> int:
+    sizes: dict[str, int] = {}
+    terms = equation.replace(" ", "").split("->")[0].split(",")
+    for term, tensor in zip(terms, _einsum_tensors(tensors), strict=True):
+        sizes.update(
+            zip(term.replace("...", ""), tensor.shape[-len(term.replace("...", "")) :], strict=False)
+        )
+    return math.prod(sizes.values())
+
+
+def _einsum_unsupported(equation: str, *tensors: Any) -> str:
+    count = len(_einsum_tensors(tensors))
+    return "" if count == 2 else f"einsum of {count} operands"
+
+
+LINEAR = Product("linear", _linear, _run_linear, _macs_linear)
+MATMUL = Product("matmul", _matmul, _run_matmul, _macs_matmul)
+SDPA = Product(
+    "sdpa",
+    attention.sdpa_operands,
+    attention.run_sdpa,
+    attention.sdpa_macs,
+    inner=attention.sdpa_inner,
+    fused=ATEN.scaled_dot_product_attention.default,
+)
+MHA = Product(
+    "mha",
+    attention.mha_operands,
+    attention.run_mha,
+    attention.mha_macs,
+    inner=attention.mha_inner,
+    unsupported=attention.mha_unsupported,
+)
+
+# Every callable under which a product can reach a mode.
+PRODUCTS: dict[Any, Product] = {
+    F.linear: LINEAR,
+    torch.matmul: MATMUL,
+    torch.bmm: MATMUL,
+    torch.mm: MATMUL,
+    Tensor.matmul: MATMUL,
+    Tensor.__matmul__: MATMUL,
+    Tensor.bmm: MATMUL,
+    Tensor.mm: MATMUL,
+    Tensor.__rmatmul__: Product("matmul", _rmatmul, _run_rmatmul, _macs_rmatmul),
+    torch.einsum: Product("einsum", _einsum, _run_einsum, _macs_einsum, unsupported=_einsum_unsupported),
+    F.scaled_dot_product_attention: SDPA,
+    F.multi_head_attention_forward: MHA,
+}
+for _name in ("conv1d", "conv2d", "conv3d"):
+    PRODUCTS[getattr(torch, _name)] = PRODUCTS[getattr(F, _name)] = Product(
+        "conv", _conv, _run_conv(_name), _macs_conv
+    )
+for _name in ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"):
+    PRODUCTS[getattr(torch, _name)] = PRODUCTS[getattr(F, _name)] = Product(
+        "convt", _conv, _run_conv(_name), _macs_conv_transpose
+    )
+for _name in ("addmm", "baddbmm"):
+    _product = Product("matmul", _add_matmul, _run_add_matmul(_name), _macs_add_matmul)
+    PRODUCTS[getattr(torch, _name)] = PRODUCTS[getattr(Tensor, _name)] = _product

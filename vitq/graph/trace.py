@@ -1,0 +1,249 @@
+"""Trace: one recorded forward -> Graph. Places are found by data flow, never by names or families."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from vitq.core import roles
+from vitq.core.batches import ForwardFn, default_forward, leading_size
+from vitq.core.errors import TraceError
+from vitq.core.site import REASON_CONSTANT, REASON_UNSUPPORTED, Call, Graph, NormLinear, Site
+from vitq.graph import flow
+from vitq.graph.blocks import block_of, find_blocks
+from vitq.graph.record import Node, Record, record
+from vitq.graph.roles import axes_of, inner_role, is_attention, operand_role
+
+
+def trace(model: nn.Module, example: Any, forward_fn: ForwardFn = default_forward) -> Graph:
+    """Find every matrix product of a model: its operands, their roles and axes, and the blocks.
+
+    Args:
+        model: any module, in the mode in which it will be used (usually eval). It is run once.
+        example: the pytree that `forward_fn` gives to the model; one image is enough.
+        forward_fn: (model, batch) -> output.
+
+    Raises:
+        TraceError: the model does not run on the example.
+    """
+    run: Callable[[nn.Module], Any] = lambda m: forward_fn(m, example)  # noqa: E731
+    try:
+        log = record(model, run, example)
+    except (
+        RuntimeError,
+        TypeError,
+        ValueError,
+        IndexError,
+        KeyError,
+        AttributeError,
+        AssertionError,
+    ) as error:
+        raise TraceError(
+            f"{type(model).__name__} does not run on the example {_describe(example)}: {error}. "
+            f"Give an input it accepts as example=, or say how it is called with forward_fn=."
+        ) from error
+    return build_graph(model, log, leading_size(example))
+
+
+def build_graph(model: nn.Module, log: Record, examples: int) -> Graph:
+    """Turn a record into sites, calls, blocks and norm-linear pairs."""
+    products = _first_visits(log)
+    blocks = find_blocks(model, [n.owner for n in products if is_attention(log, n)], log.order)
+    sites: dict[str, Site] = {}
+    calls: list[Call] = []
+    weight_sites: dict[str, str] = {}
+    for node in products:
+        calls.append(_call(log, node, sites, weight_sites, blocks, max(examples, 1)))
+    pairs = tuple(_pairs(model, log, products, sites))
+    for pair in pairs:
+        for name in pair.inputs:
+            sites[name] = replace(sites[name], norm=pair.norm)
+    return Graph(
+        sites=sites,
+        calls=tuple(calls),
+        pairs=pairs,
+        blocks=blocks,
+        has_attention=any(is_attention(log, n) for n in products),
+        example_images=max(examples, 1),
+    )
+
+
+def _first_visits(log: Record) -> list[Node]:
+    """Products by identity; a module called again (shared heads) keeps its first visit, with all the work."""
+    first: dict[tuple[str, str, int], Node] = {}
+    for node in log.nodes:
+        if node.product is None:
+            continue
+        key = (node.owner, node.product.kind, node.ordinal)
+        if key in first:
+            first[key].macs += node.macs
+            first[key].constant &= node.constant
+        else:
+            first[key] = node
+    return list(first.values())
+
+
+def _call(
+    log: Record,
+    node: Node,
+    sites: dict[str, Site],
+    weight_sites: dict[str, str],
+    blocks: tuple[str, ...],
+    examples: int,
+) -> Call:
+    product = node.product
+    assert product is not None
+    call_id = f"{node.owner}:{product.kind}{node.ordinal}"
+    base = Call(call_id, node.owner, product.kind, node.ordinal, node.macs // examples)
+    if node.unsupported:
+        return _left_float(base, REASON_UNSUPPORTED, node.unsupported)
+    if node.constant:
+        return _left_float(base, REASON_CONSTANT)
+    ids: list[str] = []
+    for operand, tensor in node.operands.items():
+        role, producer = operand_role(log, node, operand, tensor)
+        param = log.params.get(tensor)
+        if param is not None and param in weight_sites:
+            ids.append(weight_sites[param])  # tied weights share one site
+            continue
+        shape = log.shapes[tensor]
+        axes = axes_of(node, operand, role, len(shape))
+        ids.append(_add(sites, base, operand, role, axes, shape, producer, param, blocks))
+        if param is not None:
+            weight_sites[param] = ids[-1]
+    for operand, shape in node.inner.items():
+        role = inner_role(operand)
+        axes = _inner_axes(role, len(shape))
+        ids.append(_add(sites, base, operand, role, axes, shape, None, None, blocks))
+    return Call(call_id, node.owner, product.kind, node.ordinal, base.macs, tuple(ids))
+
+
+def _add(
+    sites: dict[str, Site],
+    call: Call,
+    operand: str,
+    role: str,
+    axes: tuple[str, ...],
+    shape: tuple[int, ...],
+    producer: str | None,
+    param: str | None,
+    blocks: tuple[str, ...],
+) -> str:
+    site = Site(
+        id=f"{call.id}.{operand}",
+        owner=call.owner,
+        op=call.op,
+        ordinal=call.ordinal,
+        operand=operand,
+        role=role,
+        axes=axes,
+        shape=shape,
+        producer=producer,
+        param=param,
+        block=block_of(call.owner, blocks),
+    )
+    sites[site.id] = site
+    return site.id
+
+
+def _inner_axes(role: str, ndim: int) -> tuple[str, ...]:
+    if role == roles.PROJ_IN:
+        return (
+            "token",
+            "batch",
+            "channel",
+        )  # multi_head_attention_forward works on (tokens, batch, channels)
+    last = ("token", "token") if role == roles.SOFTMAX_OUT else ("token", "channel")
+    front = ndim - 2
+    return ("batch",) * max(front - 1, min(front, 1)) + ("head",) * (front > 1) + last
+
+
+def _left_float(call: Call, reason: str, detail: str = "") -> Call:
+    return Call(call.id, call.owner, call.op, call.ordinal, call.macs, (), reason, detail)
+
+
+def _pairs(model: nn.Module, log: Record, products: list[Node], sites: dict[str, Site]) -> list[NormLinear]:
+    """LayerNorms with affine parameters, each with the linears that take all of its output."""
+    by_id = {id(node): node for node in products}
+    found: list[NormLinear] = []
+    visits: dict[str, int] = {}
+    for node in log.nodes:
+        if node.name == "layer_norm":
+            visits[node.owner] = visits.get(node.owner, 0) + 1
+    for node in log.nodes:
+        if node.name != "layer_norm" or visits[node.owner] > 1 or not _has_affine(log, node):
+            continue
+        uses = flow.channel_ends(log, node.outputs[0])
+        if not uses or not all(_takes_channels(by_id, use, tensor) for use, tensor in uses):
+            continue
+        linears = [use for use, _ in uses]
+        calls = [f"{n.owner}:{n.product.kind}{n.ordinal}" for n in linears if n.product]
+        inputs = [_find(sites, log, c, n, weight=False) for c, n in zip(calls, linears, strict=True)]
+        weights = [_find(sites, log, c, n, weight=True) for c, n in zip(calls, linears, strict=True)]
+        if None in inputs or None in weights or not all(_bias_foldable(model, log, n) for n in linears):
+            continue
+        found.append(
+            NormLinear(
+                norm=node.owner,
+                inputs=tuple(s for s in inputs if s),
+                weights=tuple(s for s in weights if s),
+                biases=tuple(_bias_name(log, n) for n in linears),
+            )
+        )
+    return found
+
+
+def _has_affine(log: Record, node: Node) -> bool:
+    names = [log.params[n] for n in node.inputs if n in log.params]
+    prefix = f"{node.owner}." if node.owner else ""
+    return sorted(names) == [f"{prefix}bias", f"{prefix}weight"]
+
+
+def _takes_channels(by_id: dict[int, Node], use: Node, tensor: int) -> bool:
+    if id(use) not in by_id or use.product is None or use.unsupported or use.constant:
+        return False
+    return use.product.kind in ("linear", "mha") and use.operands.get("input") == tensor
+
+
+def _find(sites: dict[str, Site], log: Record, call: str, node: Node, weight: bool) -> str | None:
+    name = f"{call}.{'weight' if weight else 'input'}"
+    if weight:
+        # The fold scales this parameter's columns: nothing else may use it.
+        tensor = node.operands.get("weight")
+        users = [n for n in log.consumers.get(tensor, []) if n is not node] if tensor is not None else [node]
+        if users or tensor not in log.params:
+            return None
+    return name if name in sites else None
+
+
+def _bias_name(log: Record, node: Node) -> str | None:
+    weight = node.operands["weight"]
+    own = log.params[weight].rpartition(".")[0]
+    candidates = [log.params[n] for n in node.inputs if n in log.params and n != weight]
+    matching = [name for name in candidates if name.rpartition(".")[0] == own and "bias" in name]
+    return matching[0] if matching else None
+
+
+def _bias_foldable(model: nn.Module, log: Record, node: Node) -> bool:
+    """Whether a shift of the input can go into the bias: a parameter of its own, or one that can be added."""
+    if node.constant or node.product is None:
+        return False
+    name = _bias_name(log, node)
+    if name is not None:
+        bias = next(n for n, p in log.params.items() if p == name)
+        return len([n for n in log.consumers.get(bias, []) if n.product is not None]) == 1
+    if node.product.kind == "mha":
+        return True
+    owner = model.get_submodule(node.owner)
+    return isinstance(owner, nn.Linear) and owner.bias is None and len(set(node.inputs)) == 2
+
+
+def _describe(example: Any) -> str:
+    tensors = [t for t in torch.utils._pytree.tree_leaves(example) if isinstance(t, torch.Tensor)]
+    return ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in tensors) or repr(
+        example
+    )

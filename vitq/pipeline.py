@@ -1,0 +1,164 @@
+"""quantize(): the library on one screen."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from vitq.core.batches import Batches, ForwardFn, default_forward
+from vitq.core.errors import DataError, InputError
+from vitq.core.format import Bits, Format, Scalar
+from vitq.core.plan import Override, Plan, parse_overrides
+from vitq.core.progress import Progress, Silent
+from vitq.core.qmodel import QuantModel
+from vitq.core.recipe import Recipe, RecipeFn, resolve_recipe
+from vitq.core.site import Graph
+from vitq.graph.insert import attach
+from vitq.graph.trace import trace
+from vitq.quantizers.registry import build_quantizer
+
+
+def quantize(
+    model: nn.Module,
+    recipe: str | Recipe | RecipeFn,
+    bits: str = "w4a4",
+    data: Any = None,
+    *,
+    scope: str | Sequence[str] = "all",
+    exclude: Sequence[str] = (),
+    overrides: Sequence[str | Override] = (),
+    options: Mapping[str, Scalar] | None = None,
+    example: Any = None,
+    forward_fn: ForwardFn = default_forward,
+    seed: int = 0,
+    freeze: bool = True,
+    progress: Progress | None = None,
+) -> QuantModel:
+    """Quantize a vision transformer by a recipe. The model given is not changed.
+
+    Args:
+        model: any module, in eval mode, on the device where the work shall be done.
+        recipe: a recipe's name with modifiers ("repq_vit+gptq"), a recipe function, or a Recipe.
+        bits: widths of weights and activations, "w4a4"; 16 leaves that side in float.
+        data: calibration images as the model takes them: a tensor (N, C, H, W), or batches of them.
+        scope: module names inside of which to quantize.
+        exclude: sites left in float: a module, a glob on site ids, or "role=NAME".
+        overrides: other widths for some sites, "role=HEAD_IN:w8a8".
+        options: keyword arguments of the recipe, such as {"parity": True}.
+        example: one input for tracing; the first calibration image unless given.
+        forward_fn: (model, batch) -> output, for models that are not called as model(batch).
+        seed: for whatever draws random numbers.
+        freeze: fix the scales and put decoded weights into the model.
+        progress: where to show it.
+
+    Returns:
+        A QuantModel: an nn.Module that behaves like the model.
+
+    Raises:
+        InputError: bad bits, names, options, data or weights; before any long work.
+        SiteNotFoundError: an exclusion, override or scope that matches nothing.
+        TraceError: the model does not run on the example.
+    """
+    plan = resolve(
+        recipe, bits, scope=scope, exclude=exclude, overrides=overrides, options=options, seed=seed
+    )
+    check_weights(model)
+    batches = None if data is None else Batches.of(data, forward_fn)
+    graph = trace(model, first_example(batches, example), forward_fn)  # 1. where
+    torch.manual_seed(seed)
+    qmodel = insert(copy.deepcopy(model), graph, plan)  # 2. which numbers
+    run_passes(qmodel, batches, progress or Silent())  # 3. how
+    return qmodel.freeze() if freeze else qmodel  # 4. codes and scales
+
+
+def resolve(
+    recipe: str | Recipe | RecipeFn,
+    bits: str,
+    *,
+    scope: str | Sequence[str] = "all",
+    exclude: Sequence[str] = (),
+    overrides: Sequence[str | Override] = (),
+    options: Mapping[str, Scalar] | None = None,
+    seed: int = 0,
+) -> Plan:
+    """Turn what was asked for into a plan, or refuse it.
+
+    Raises:
+        InputError: unknown names, bad bits or overrides.
+        CompositionError: recipe and modifiers do not fit together.
+    """
+    widths = Bits.parse(bits)
+    if scope == "all":
+        scope = ()
+    return Plan(
+        recipe=resolve_recipe(recipe, widths, options),
+        bits=str(widths),
+        exclude=tuple(exclude),
+        overrides=parse_overrides(overrides),
+        scope=(scope,) if isinstance(scope, str) else tuple(scope),
+        seed=seed,
+    )
+
+
+def insert(
+    model: nn.Module, graph: Graph, plan: Plan, formats: Mapping[str, Format] | None = None
+) -> QuantModel:
+    """Put an unfitted quantizer at every site that the plan gives a format, in place.
+
+    Args:
+        formats: instead of the plan's own choice (an artifact stores what the passes made of it).
+    """
+    chosen = plan.assign(graph).formats if formats is None else formats
+    quantizers = {
+        site: build_quantizer(fmt, graph.sites[site].axes, graph.sites[site].shape)
+        for site, fmt in chosen.items()
+    }
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    for quantizer in quantizers.values():
+        quantizer.to(device)
+    attach(model, graph, quantizers)
+    return QuantModel(model, graph, quantizers, chosen, plan)
+
+
+def run_passes(qmodel: QuantModel, data: Batches | None, progress: Progress) -> None:
+    """Run the plan's passes in order, and note how long each took."""
+    seconds = []
+    for spec in qmodel.plan.passes:
+        start = time.perf_counter()
+        spec.build().run(qmodel, data, progress)
+        seconds.append({"pass": str(spec), "seconds": round(time.perf_counter() - start, 3)})
+    qmodel.log["passes"] = seconds
+
+
+def first_example(data: Batches | None, example: Any) -> Any:
+    """The example to trace with: the one given, else the first calibration image.
+
+    Raises:
+        DataError: neither is there.
+    """
+    if example is not None:
+        return example
+    if data is None:
+        raise DataError("nothing to trace with: give calibration images as data=, or one input as example=")
+    return pytree.tree_map(lambda t: t[:1] if isinstance(t, Tensor) and t.ndim else t, next(iter(data)))
+
+
+def check_weights(model: nn.Module) -> None:
+    """Refuse models that cannot be quantized.
+
+    Raises:
+        InputError: NaN or Inf in the weights, or a model that is quantized already.
+    """
+    if isinstance(model, QuantModel):
+        raise InputError("this model is quantized already; give the float model")
+    bad = [
+        n for n, p in model.named_parameters() if p.is_floating_point() and not bool(torch.isfinite(p).all())
+    ]
+    if bad:
+        raise InputError(f"NaN or Inf in {len(bad)} weights: {', '.join(bad[:5])}; load a sound checkpoint")

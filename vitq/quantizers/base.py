@@ -1,0 +1,349 @@
+"""Quantizer: value <-> code, for one site.
+
+Shapes:  x, value, code   any; a scale group is named by the dimensions the layout keeps
+         scale            broadcastable to x (after group splitting)
+States:  off      the input is returned as it is
+         on       fake quantization: decode(encode(x))
+         learn    the same, and scales are parameters
+         observe  is not a state of its own: an observer that is set sees x first, and may fit the quantizer
+
+A class is abstract or final. `docs/decisions/format_states.md` has the life of a format.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from vitq.core.errors import InputError, NotFittedError
+from vitq.core.format import Format
+
+State = Literal["off", "on", "learn"]
+Params = dict[str, Tensor]
+Observer = Callable[["Quantizer", Tensor], None]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which dimensions of a tensor keep a scale of their own.
+
+    Attributes:
+        keep: negative dimensions with one scale per index; empty for one scale in all.
+        sizes: their sizes, aligned with `keep`.
+        ndim: dimensions of the scale, counted from the right.
+        group: size of the groups that the last dimension is cut into, 0 for none. The groups become a kept
+            dimension right before their members.
+    """
+
+    keep: tuple[int, ...] = ()
+    sizes: tuple[int, ...] = ()
+    ndim: int = 0
+    group: int = 0
+
+    @classmethod
+    def for_site(cls, fmt: Format, axes: tuple[str, ...], shape: tuple[int, ...]) -> Layout:
+        """Layout of a format at a site.
+
+        Raises:
+            InputError: the site has no such axis, or the group size does not divide its channels.
+        """
+        if fmt.per == "tensor":
+            return cls()
+        ndim = len(axes)
+        if fmt.per.startswith("group:"):
+            return cls._grouped(int(fmt.per.removeprefix("group:")), axes, shape)
+        dims = [i for i, axis in enumerate(axes) if axis == fmt.per]
+        if not dims:
+            raise InputError(f"format {fmt} needs an axis {fmt.per!r}; this site has {', '.join(axes)}")
+        dim = dims[0] - ndim
+        return cls((dim,), (shape[dim],), -dim)
+
+    @classmethod
+    def _grouped(cls, size: int, axes: tuple[str, ...], shape: tuple[int, ...]) -> Layout:
+        weight = "in" in axes
+        name = "in" if weight else "channel"
+        if name not in axes or axes.index(name) != len(axes) - 1:
+            raise InputError(
+                f"groups of {size} need {name!r} as the last axis; this site has {', '.join(axes)}"
+            )
+        if shape[-1] % size:
+            raise InputError(f"groups of {size} do not divide {shape[-1]} channels; choose a divisor")
+        keep = (-3, -2) if weight else (-2,)
+        sizes = (shape[0], shape[-1] // size) if weight else (shape[-1] // size,)
+        return cls(keep, sizes, -keep[0], size)
+
+    @property
+    def groups(self) -> int:
+        """How many scales there are."""
+        return math.prod(self.sizes)
+
+    @property
+    def scale_shape(self) -> tuple[int, ...]:
+        """Shape of a scale that broadcasts to a split tensor."""
+        shape = [1] * self.ndim
+        for dim, size in zip(self.keep, self.sizes, strict=True):
+            shape[dim] = size
+        return tuple(shape)
+
+    def split(self, x: Tensor) -> Tensor:
+        """View of x with the groups as a dimension (x itself without groups)."""
+        return x.unflatten(-1, (-1, self.group)) if self.group else x
+
+    def join(self, x: Tensor) -> Tensor:
+        """Inverse of `split`."""
+        return x.flatten(-2) if self.group else x
+
+    def by_group(self, x: Tensor) -> Tensor:
+        """x as (groups, values of the group), rows contiguous."""
+        x = self.split(x)
+        if not self.keep:
+            return x.reshape(1, -1)
+        front = [d % x.ndim for d in self.keep]
+        rest = [d for d in range(x.ndim) if d not in front]
+        return x.permute(front + rest).reshape(self.groups, -1)
+
+
+class Quantizer(nn.Module):
+    """Base of every static format: one scale per group, chosen once, then fixed.
+
+    Args:
+        bits: code width.
+        layout: which dimensions keep a scale of their own.
+
+    A subclass names its parameters in `fields` (each a buffer of `layout.scale_shape`, NaN while unfitted)
+    and implements `range_to_params`, `encode_with`, `decode_with`. Everything else is here, once.
+    """
+
+    fields: tuple[str, ...] = ("scale",)
+    exportable = True  # False for a paper's own arithmetic that does not fit 2**bits codes
+    descending = False  # True if a larger code means a smaller value
+    one_sided = False  # True if the range starts at zero
+
+    def __init__(self, bits: int, layout: Layout | None = None) -> None:
+        super().__init__()
+        self.bits = bits
+        self.layout = layout or Layout()
+        self.state: State = "off"
+        self.observer: Observer | None = None
+        self.baked = False  # the tensor at this site already holds decoded values
+        for name in self.fields:
+            self.register_buffer(name, torch.full(self.layout.scale_shape, math.nan))
+
+    # -- what a format is ----------------------------------------------------------------------------
+
+    @abstractmethod
+    def range_to_params(self, low: Tensor, high: Tensor) -> Params:
+        """Parameters that make codes cover [low, high]; any leading dimensions, float32, finite results."""
+
+    @abstractmethod
+    def encode_with(self, x: Tensor, params: Params) -> Tensor:
+        """Codes of x as whole float32 numbers in [0, code_count)."""
+
+    @abstractmethod
+    def decode_with(self, code: Tensor, params: Params) -> Tensor:
+        """Values of codes."""
+
+    def simulate_with(self, x: Tensor, params: Params) -> Tensor:
+        """decode(encode(x)); a subclass may have a shorter way to the same bits."""
+        return self.decode_with(self.encode_with(x, params), params)
+
+    @property
+    def code_count(self) -> int:
+        """Number of codes."""
+        return int(2**self.bits)
+
+    def side_bits(self) -> int:
+        """Bits that the parameters of this site take: float32 each, whole zero-points as many as a code."""
+        return 32 * self.layout.groups * len(self.fields)
+
+    def settings(self) -> dict[str, bool | int | float | str]:
+        """The options this quantizer was built with, beyond bits and layout."""
+        return {}
+
+    def relayout(self, layout: Layout) -> None:
+        """Take another granularity; the quantizer is unfitted afterwards."""
+        self.layout = layout
+        for name in self.fields:
+            old = getattr(self, name)
+            setattr(self, name, torch.full(layout.scale_shape, math.nan, device=old.device))
+
+    # -- fitted state --------------------------------------------------------------------------------
+
+    @property
+    def fitted(self) -> bool:
+        """Whether every parameter has been chosen; part of the state dict, as NaN means no."""
+        return not any(bool(torch.isnan(getattr(self, name)).any()) for name in self.fields)
+
+    def params(self) -> Params:
+        """The parameters, broadcastable to a split tensor."""
+        return {name: getattr(self, name) for name in self.fields}
+
+    def set_params(self, params: Params) -> None:
+        """Choose the parameters; each has `layout.groups` elements.
+
+        Raises:
+            InputError: a parameter is missing, not finite or has another number of elements.
+        """
+        for name in self.fields:
+            value = params[name].detach().to(torch.float32)
+            if value.numel() != self.layout.groups or not bool(torch.isfinite(value).all()):
+                raise InputError(
+                    f"{type(self).__name__}.{name}: needs {self.layout.groups} finite values, got "
+                    f"{value.numel()} of which {int(torch.isfinite(value).sum())} are finite"
+                )
+            old = getattr(self, name)
+            old.data = value.reshape(self.layout.scale_shape).to(old.device)
+
+    def unfit(self) -> None:
+        """Forget the parameters."""
+        for name in self.fields:
+            getattr(self, name).data.fill_(math.nan)
+
+    def learn(self) -> None:
+        """Make the scales parameters, to be trained."""
+        self._require_fitted()
+        for name in self.fields:
+            value = getattr(self, name)
+            if not isinstance(value, nn.Parameter):
+                delattr(self, name)
+                self.register_parameter(name, nn.Parameter(value.clone()))
+        self.state = "learn"
+
+    def freeze(self) -> None:
+        """Make the scales buffers again, and quantize."""
+        self._require_fitted()
+        for name in self.fields:
+            value = getattr(self, name)
+            if isinstance(value, nn.Parameter):
+                delattr(self, name)
+                self.register_buffer(name, value.detach().clone())
+        self.state = "on"
+
+    def _require_fitted(self) -> None:
+        if not self.fitted:
+            raise NotFittedError(
+                f"{self} has no scale yet. Put a fitting pass, for example PassSpec('fit'), before this step "
+                f"of the recipe, or load fitted scales."
+            )
+
+    @property
+    def active(self) -> bool:
+        """Whether `forward` does anything to its input, or shows it to an observer."""
+        return self.observer is not None or (self.state != "off" and not self.baked)
+
+    # -- use -----------------------------------------------------------------------------------------
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Codes of x, whole numbers, in x's shape. Raises NotFittedError without scales."""
+        self._require_fitted()
+        return self.layout.join(self.encode_with(self.layout.split(x.to(torch.float32)), self.params()))
+
+    def decode(self, code: Tensor) -> Tensor:
+        """float32 values of codes, in their shape. Raises NotFittedError without scales."""
+        self._require_fitted()
+        return self.layout.join(self.decode_with(self.layout.split(code.to(torch.float32)), self.params()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x on this site's grid, in x's dtype; arithmetic is float32 whatever x is, also under autocast."""
+        if self.observer is not None:
+            self.observer(self, x)
+        if self.state == "off" or self.baked:
+            return x
+        if not torch.compiler.is_compiling():
+            self._require_fitted_cheaply()
+        with torch.autocast(x.device.type, enabled=False):
+            wide = self.layout.split(x.to(torch.float32))
+            return self.layout.join(self.simulate_with(wide, self.params())).to(x.dtype)
+
+    def _require_fitted_cheaply(self) -> None:
+        # One element decides: set_params never leaves a parameter partly NaN.
+        first = getattr(self, self.fields[0])
+        if first.device.type == "cpu" and math.isnan(first.flatten()[0].item()):
+            self._require_fitted()
+
+    # -- lowered form --------------------------------------------------------------------------------
+
+    def lower(self) -> Lowered:
+        """Thresholds and levels per scale group: what export, runtime and loading build on.
+
+        Raises:
+            NotFittedError: no scales yet.
+            InputError: the format has more values than 2**bits, or none of its own (`exportable`).
+        """
+        self._require_fitted()
+        if not self.exportable:
+            raise InputError(
+                f"{self} uses a paper's own arithmetic, which does not fit {self.bits}-bit codes; "
+                f"quantize without parity mode to export"
+            )
+        return lower(self)
+
+    def extra_repr(self) -> str:
+        """Bits and granularity."""
+        return f"bits={self.bits}, groups={self.layout.groups}"
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """Canonical form of a static format.
+
+    Attributes:
+        thresholds: (groups, codes - 1) ascending float32; value x has index `sum(x >= thresholds)`.
+        levels: (groups, codes) float32, ascending: the value of each index.
+        codes: (codes,) int64: the code of each index (formats may count downwards).
+    """
+
+    thresholds: Tensor
+    levels: Tensor
+    codes: Tensor
+
+    def index(self, grouped: Tensor) -> Tensor:
+        """Index of each value of a (groups, n) tensor."""
+        return torch.searchsorted(self.thresholds, grouped.contiguous(), right=True)
+
+
+def lower(quantizer: Quantizer) -> Lowered:
+    """Lower any monotone static format by bisecting its own `encode` over all float32 numbers.
+
+    The thresholds are exact: `lowered.index(x)` names the code of every finite float32 x.
+    """
+    count = quantizer.code_count
+    groups = quantizer.layout.groups
+    params = {name: value.reshape(groups, 1) for name, value in quantizer.params().items()}
+    order = torch.arange(count)
+    codes = order.flip(0) if quantizer.descending else order
+    levels = quantizer.decode_with(codes.to(torch.float32).expand(groups, count), params)
+
+    def index_of(x: Tensor) -> Tensor:
+        code = quantizer.encode_with(x, params)
+        return (count - 1 - code if quantizer.descending else code).to(torch.int64)
+
+    wanted = torch.arange(1, count).expand(groups, count - 1)
+    # Finite floats in order are consecutive integers; find the first whose index reaches the wanted one.
+    limit = _to_order(torch.tensor(torch.finfo(torch.float32).max))
+    low = torch.full_like(wanted, -int(limit) - 1)
+    high = torch.full_like(wanted, int(limit) + 1)
+    while bool((high - low > 1).any()):
+        middle = (low + high).div(2, rounding_mode="floor")
+        reached = index_of(_from_order(middle)) >= wanted
+        high = torch.where(reached, middle, high)
+        low = torch.where(reached, low, middle)
+    # What is never reached keeps a threshold above every finite number.
+    thresholds = torch.where(high > limit, torch.inf, _from_order(high.clamp(max=int(limit))))
+    return Lowered(thresholds, levels, codes)
+
+
+def _to_order(x: Tensor) -> Tensor:
+    bits = x.contiguous().view(torch.int32).to(torch.int64)
+    return torch.where(bits >= 0, bits, -(bits & 0x7FFFFFFF))
+
+
+def _from_order(order: Tensor) -> Tensor:
+    magnitude = order.abs().to(torch.int32).view(torch.float32)
+    return torch.where(order < 0, -magnitude, magnitude)

@@ -1,0 +1,105 @@
+"""Uniform formats: equally spaced levels.
+
+Shapes:  x, value, code  any      scale, zero_point  broadcastable to x
+Units:   scale is the value of one step; zero_point is the code of real zero, a whole number
+Formula: code = clamp(round(x / scale) + zero_point, 0, 2**bits - 1); value = scale * (code - zero_point)
+Source:  Jacob et al., CVPR 2018, arXiv 1712.05877, equation 1
+"""
+
+from __future__ import annotations
+
+from typing import final
+
+import torch
+from torch import Tensor
+
+from vitq.core.rounding import round_ste
+from vitq.quantizers.base import Layout, Params, Quantizer
+from vitq.quantizers.registry import QUANTIZERS
+
+# A range this small beside its own magnitude is a constant: its step would be float noise.
+DEAD_RANGE = 1e-6
+NEUTRAL_MAGNITUDE = 1e-5
+
+
+@QUANTIZERS.register("uniform")
+@final
+class UniformQuantizer(Quantizer):
+    """Affine uniform codes, or symmetric ones around zero.
+
+    Args:
+        bits: code width.
+        layout: scale groups.
+        symmetric: the range is [-m, m] and zero has code 2**(bits-1); else it is [low, high].
+        fractional_zero_point: keep a zero-point that is not whole, as the official RepQ-ViT code does after
+            averaging channels (parity mode). Such a format has no integer form: export refuses it.
+
+    A group whose values are all one constant c gets the neutral step max(|c|, 1e-5) / (2**bits - 1) and zero
+    at the end of the range that makes c exact: neither 0/0 nor a huge zero-point. `is_dead` names them.
+    """
+
+    fields = ("scale", "zero_point")
+
+    def __init__(
+        self,
+        bits: int,
+        layout: Layout | None = None,
+        *,
+        symmetric: bool = False,
+        fractional_zero_point: bool = False,
+    ) -> None:
+        super().__init__(bits, layout)
+        self.symmetric = symmetric
+        self.fractional_zero_point = fractional_zero_point
+        self.exportable = not fractional_zero_point
+
+    def settings(self) -> dict[str, bool | int | float | str]:
+        """Options as keywords."""
+        return {"symmetric": self.symmetric, "fractional_zero_point": self.fractional_zero_point}
+
+    def side_bits(self) -> int:
+        """A float32 step and, unless symmetric, a zero-point of a code's width per group."""
+        return self.layout.groups * (32 + (0 if self.symmetric else self.bits))
+
+    def range_to_params(self, low: Tensor, high: Tensor) -> Params:
+        """Step and zero-point of [low, high]; a constant range gets a neutral step."""
+        top = 2**self.bits - 1
+        if self.symmetric:
+            magnitude = torch.maximum(low.abs(), high.abs())
+            scale = magnitude.clamp(min=NEUTRAL_MAGNITUDE) / (2 ** (self.bits - 1) - 0.5)
+            return {"scale": scale, "zero_point": torch.full_like(scale, 2.0 ** (self.bits - 1))}
+        dead = is_dead(low, high)
+        neutral = torch.maximum(low.abs(), torch.full_like(low, NEUTRAL_MAGNITUDE)) / top
+        scale = torch.where(dead, neutral, (high - low) / top)
+        zero_point = torch.where(dead, torch.where(low < 0, float(top), 0.0), (-low / scale).round())
+        return {"scale": scale, "zero_point": zero_point}
+
+    def encode_with(self, x: Tensor, params: Params) -> Tensor:
+        """Nearest code, ties to even."""
+        zero_point = params["zero_point"]
+        return (round_ste(x / params["scale"]) + zero_point).clamp(0, 2**self.bits - 1)
+
+    def decode_with(self, code: Tensor, params: Params) -> Tensor:
+        """scale * (code - zero_point)."""
+        return (code - params["zero_point"]) * params["scale"]
+
+    def simulate_with(self, x: Tensor, params: Params) -> Tensor:
+        """decode(encode(x)) in four steps: adding and subtracting a whole zero-point moves into the clamp."""
+        if self.fractional_zero_point:
+            return self.decode_with(self.encode_with(x, params), params)
+        scale, zero_point = params["scale"], params["zero_point"]
+        low, high = -zero_point, 2**self.bits - 1 - zero_point
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return torch.clamp(round_ste(x / scale), low, high) * scale
+        # Without gradients the same arithmetic runs in place: one new tensor instead of four.
+        y = torch.div(x, scale).round_()
+        if zero_point.numel() == 1:
+            y.clamp_(low.item(), high.item())
+        else:
+            y.clamp_(low, high)
+        return y.mul_(scale)
+
+
+def is_dead(low: Tensor, high: Tensor) -> Tensor:
+    """Which ranges hold one constant only (a LayerNorm channel with gamma 0)."""
+    return (high - low) <= DEAD_RANGE * torch.maximum(low.abs(), high.abs())

@@ -1,0 +1,45 @@
+"""RepQ-ViT: channel scales where a LayerNorm can absorb them, log base sqrt(2) after softmax.
+
+Source: Li et al., ICCV 2023, arXiv 2212.08254; official code zkkli/RepQ-ViT at a160561
+
+Post-LayerNorm activations are calibrated per channel and then folded into the LayerNorm and the next weight, so
+that one scale serves at inference; attention probabilities use a log-sqrt(2) format. Calibration is one forward
+on the quantized prefix.
+
+Differs from the official code in four ways, all of which `parity=True` undoes: codes fit their bits (the code
+keeps an extra zero level after softmax); the merged zero-point is a whole number; channels that are constant
+after the norm are left out of the mean and move into the bias (the code divides 0 by 0 there; in parity mode
+they get the neutral step of `quantizers/uniform.py`); candidates are scored on exact tails and a sample of the
+body instead of every value.
+"""
+
+from __future__ import annotations
+
+from vitq.core import roles
+from vitq.core.format import Format
+from vitq.core.recipe import PassSpec, Recipe, Rule, recipe
+
+
+@recipe
+def repq_vit(weight_bits: int, act_bits: int, parity: bool = False) -> Recipe:
+    """Channel scales folded into LayerNorm, log base sqrt(2) after softmax."""
+    fit = PassSpec.of(
+        "fit", method="percentile_mse", weight_method="percentile_mse", flow="prefix", exact=parity
+    )
+    softmax = (
+        Format.of("logsqrt2", act_bits, extra_zero_level=True) if parity else Format("logsqrt2", act_bits)
+    )
+    folded = (roles.QKV_IN, roles.FC1_IN, roles.MERGE_IN)
+    return Recipe(
+        name="repq_vit",
+        paper="arXiv 2212.08254",
+        formats=(
+            Rule(Format("uniform", act_bits)),
+            Rule(Format("uniform", act_bits, "channel"), roles=folded, after_norm=True),
+            Rule(softmax, roles=(roles.SOFTMAX_OUT,)),
+            Rule(Format("uniform", 8), roles=(roles.PATCH_IN, roles.CONV_IN)),
+            Rule(Format("uniform", weight_bits, "channel"), roles=(roles.WEIGHT,)),
+        ),
+        passes=(fit, PassSpec.of("fold_norm_scale", parity=parity), fit),
+        note="parity mode: official arithmetic, not exportable" if parity else "",
+    )
