@@ -14,17 +14,13 @@ from hypothesis import settings
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 # Failing examples must be the same on every machine, and a slow core must not fail a test.
-settings.register_profile(
-    "ci", deadline=None, derandomize=True, max_examples=50, print_blob=True, database=None
-)
+settings.register_profile("ci", deadline=None, derandomize=True, max_examples=50, print_blob=True, database=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes over ten seconds; leave out with -m 'not slow'")
-    config.addinivalue_line(
-        "markers", "real: uses the weights and photos of ../shared; skipped where it is absent"
-    )
+    config.addinivalue_line("markers", "real: uses the weights and photos of ../shared; skipped where it is absent")
     if threads := os.environ.get("OMP_NUM_THREADS"):
         torch.set_num_threads(int(threads))
 

@@ -107,11 +107,7 @@ def parse_page(text: str, page: str) -> list[Block]:
 
 def parse_marks(words: str, place: str) -> dict[str, str]:
     marks = {word["key"]: word["quoted"] or word["plain"] or "" for word in WORD.finditer(words)}
-    if (
-        WORD.sub("", words)
-        or not marks
-        or marks.keys() - {"skip", "reason", "needs-shared", "slow", "fails", "file"}
-    ):
+    if WORD.sub("", words) or not marks or marks.keys() - {"skip", "reason", "needs-shared", "slow", "fails", "file"}:
         raise DocsError(f"{place}: cannot understand the test comment {words!r}")
     if ("skip" in marks) != bool(marks.get("reason", "").strip()):
         raise DocsError(f'{place}: skip and reason="…" go together; say why the block cannot be run')
@@ -172,9 +168,7 @@ def run_shell(block: Block) -> None:
     """Run a shell block in the current directory."""
     pairs = commands(block)
     script = f"echo '{MARK}'\n".join(f"{command}\n" for command, _ in pairs)
-    env = os.environ | {
-        "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
-    }
+    env = os.environ | {"PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))}
     answer = subprocess.run(
         ["bash", "-e", "-c", script],
         env=env,
@@ -278,9 +272,7 @@ def page_params(paths: Iterable[Path]) -> list[object]:
         pytest.param(
             path,
             id=path.relative_to(TOP).as_posix(),
-            marks=[pytest.mark.slow]
-            if re.search(r"<!-- *test:[^>]*\bslow\b", path.read_text("utf-8"))
-            else [],
+            marks=[pytest.mark.slow] if re.search(r"<!-- *test:[^>]*\bslow\b", path.read_text("utf-8")) else [],
         )
         for path in paths
     ]
@@ -435,9 +427,7 @@ def by_hand(arguments: list[str]) -> None:
         return
     with tempfile.TemporaryDirectory() as top:
         left_out = run_apart(page, Path(top))
-    sys.stdout.write(
-        "".join(f"not run: {note}\n" for note in left_out) + f"{page.name}: every other block runs\n"
-    )
+    sys.stdout.write("".join(f"not run: {note}\n" for note in left_out) + f"{page.name}: every other block runs\n")
 
 
 if __name__ == "__main__":

@@ -57,9 +57,7 @@ def text_of(path: Path) -> str | None:
 def matches(text: str, pattern: re.Pattern[str]) -> list[str]:
     """The lines of text that hold the pattern, each with its number."""
     return [
-        f"{number}: {line.strip()[:120]}"
-        for number, line in enumerate(text.splitlines(), 1)
-        if pattern.search(line)
+        f"{number}: {line.strip()[:120]}" for number, line in enumerate(text.splitlines(), 1) if pattern.search(line)
     ]
 
 
@@ -82,17 +80,13 @@ def pickle_uses(source: str) -> list[str]:
         elif isinstance(node, ast.ImportFrom) and not node.level:
             imported = [] if {alias.name for alias in node.names} <= HARMLESS else [node.module or ""]
             if node.module == "torch" and any(alias.name == "load" for alias in node.names):
-                problems.append(
-                    f"{node.lineno}: import torch and call torch.load, so that its argument can be checked"
-                )
+                problems.append(f"{node.lineno}: import torch and call torch.load, so that its argument can be checked")
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in {
             "torch.load",
             "torch.serialization.load",
         }:
             safe = any(
-                word.arg == "weights_only"
-                and isinstance(word.value, ast.Constant)
-                and word.value.value is True
+                word.arg == "weights_only" and isinstance(word.value, ast.Constant) and word.value.value is True
                 for word in node.keywords
             )
             if not safe:
@@ -120,17 +114,13 @@ needs_git = pytest.mark.skipif(not FILES, reason="needs git and a checkout to li
 @needs_git
 def test_no_file_names_a_path_of_one_machine() -> None:
     found = lines_with(FILES, MACHINE_PATH)
-    assert not found, "absolute paths of one machine; write them relative to the repository:\n" + "\n".join(
-        found
-    )
+    assert not found, "absolute paths of one machine; write them relative to the repository:\n" + "\n".join(found)
 
 
 @needs_git
 def test_no_file_names_a_package_registry() -> None:
     found = lines_with(FILES, REGISTRY_HOST)
-    assert not found, "hosts of package registries; the user's own configuration decides:\n" + "\n".join(
-        found
-    )
+    assert not found, "hosts of package registries; the user's own configuration decides:\n" + "\n".join(found)
 
 
 @needs_git
@@ -150,8 +140,8 @@ def test_vitq_never_unpickles() -> None:
         for path in MODULES
         for problem in pickle_uses(path.read_text(encoding="utf-8"))
     ]
-    assert not found, (
-        "loading must never run code from a file (D7); its error alone may be imported:\n" + "\n".join(found)
+    assert not found, "loading must never run code from a file (D7); its error alone may be imported:\n" + "\n".join(
+        found
     )
 
 
@@ -169,9 +159,7 @@ def test_a_machine_path_is_found(text: str) -> None:
     assert matches(f"\n{planted}\n", MACHINE_PATH) == [f"2: {planted}"]
 
 
-@pytest.mark.parametrize(
-    "text", ["docs{}", "../a/b{}", "https://example.org{}", "..{}", "{{tmp}}{}", "$(TOP){}"]
-)
+@pytest.mark.parametrize("text", ["docs{}", "../a/b{}", "https://example.org{}", "..{}", "{{tmp}}{}", "$(TOP){}"])
 def test_a_relative_path_is_not_reported(text: str) -> None:
     assert not matches(text.format("/" + "home" + "/x"), MACHINE_PATH)
 

@@ -61,10 +61,7 @@ def imports(path: Path, root: Path) -> Iterator[tuple[int, tuple[str, ...]]]:
             base = tuple(node.module.split(".")) if node.module else ()
             if node.level:
                 base = (package, *folder[: len(folder) + 1 - node.level], *base)
-            found = [
-                (*base, alias.name) if is_module(root, (*base[1:], alias.name)) else base
-                for alias in node.names
-            ]
+            found = [(*base, alias.name) if is_module(root, (*base[1:], alias.name)) else base for alias in node.names]
         for target in found:
             if target[0] == package:
                 yield node.lineno, target[1:]  # type: ignore[attr-defined]
@@ -89,9 +86,7 @@ def upward_imports(path: Path, root: Path) -> list[str]:
     here = dotted(path, root)
     name = f"{root.name}/{path.relative_to(root).as_posix()}"
     if here[0] not in FLOORS:
-        return [
-            f"{name}: '{here[0]}' has no floor. Move the file into a folder that has one (design: layering)."
-        ]
+        return [f"{name}: '{here[0]}' has no floor. Move the file into a folder that has one (design: layering)."]
     problems = []
     for line, there in imports(path, root):
         if problem := forbidden(here, there, root):
@@ -115,9 +110,7 @@ def forbidden(here: tuple[str, ...], there: tuple[str, ...], root: Path) -> str:
         if here[0] == "recipes" and mine and mine != other:
             return f"(floor {low}): recipes stand alone; move what both papers need down into a lower folder."
         if here[0] == "passes" and mine and other and mine != other:
-            return (
-                f"(floor {low}): sub-packages of passes stand alone; move what both need to passes/ or lower."
-            )
+            return f"(floor {low}): sub-packages of passes stand alone; move what both need to passes/ or lower."
         return ""
     if low < high or {here[0], there[0]} <= NEIGHBOURS:
         return ""
@@ -196,9 +189,7 @@ def test_imports_point_down(path: Path) -> None:
 
 @every_module
 def test_no_star_imports(path: Path) -> None:
-    assert not (lines := star_imports(path)), (
-        f"{label(path)}: star import on line {lines}; name what you import."
-    )
+    assert not (lines := star_imports(path)), f"{label(path)}: star import on line {lines}; name what you import."
 
 
 @every_module
@@ -321,9 +312,7 @@ def test_the_message_says_where_and_what_to_do(tmp_path: Path) -> None:
 
 
 def test_the_top_of_the_package_is_exempt(tmp_path: Path) -> None:
-    root = plant(
-        tmp_path, {"__init__.py": "from vitq.cli import main", "__main__.py": "from vitq.cli import main"}
-    )
+    root = plant(tmp_path, {"__init__.py": "from vitq.cli import main", "__main__.py": "from vitq.cli import main"})
     assert not {root / "__init__.py", root / "__main__.py"} & set(modules(root))
     assert root / "passes" / "__init__.py" in modules(root)
 

@@ -1,0 +1,19 @@
+"""vitq makes Vision Transformers low-bit, for real.
+
+    qmodel = vitq.quantize(model, "repq_vit", bits="w4a4", data=images)
+    vitq.save(qmodel, "out/")
+    qmodel = vitq.load("out/")
+"""
+
+from vitq.core.errors import VitqError as VitqError
+from vitq.core.format import Format as Format
+from vitq.core.qmodel import QuantModel as QuantModel
+from vitq.core.recipe import Modifier as Modifier
+from vitq.core.recipe import PassSpec as PassSpec
+from vitq.core.recipe import Recipe as Recipe
+from vitq.core.recipe import Rule as Rule
+from vitq.core.recipe import modifier as modifier
+from vitq.core.recipe import recipe as recipe
+from vitq.pipeline import quantize as quantize
+
+__version__ = "0.1.0"

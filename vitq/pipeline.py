@@ -65,9 +65,7 @@ def quantize(
         SiteNotFoundError: an exclusion, override or scope that matches nothing.
         TraceError: the model does not run on the example.
     """
-    plan = resolve(
-        recipe, bits, scope=scope, exclude=exclude, overrides=overrides, options=options, seed=seed
-    )
+    plan = resolve(recipe, bits, scope=scope, exclude=exclude, overrides=overrides, options=options, seed=seed)
     check_weights(model)
     batches = None if data is None else Batches.of(data, forward_fn)
     graph = trace(model, first_example(batches, example), forward_fn)  # 1. where
@@ -106,9 +104,7 @@ def resolve(
     )
 
 
-def insert(
-    model: nn.Module, graph: Graph, plan: Plan, formats: Mapping[str, Format] | None = None
-) -> QuantModel:
+def insert(model: nn.Module, graph: Graph, plan: Plan, formats: Mapping[str, Format] | None = None) -> QuantModel:
     """Put an unfitted quantizer at every site that the plan gives a format, in place.
 
     Args:
@@ -116,8 +112,7 @@ def insert(
     """
     chosen = plan.assign(graph).formats if formats is None else formats
     quantizers = {
-        site: build_quantizer(fmt, graph.sites[site].axes, graph.sites[site].shape)
-        for site, fmt in chosen.items()
+        site: build_quantizer(fmt, graph.sites[site].axes, graph.sites[site].shape) for site, fmt in chosen.items()
     }
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     for quantizer in quantizers.values():
@@ -157,8 +152,6 @@ def check_weights(model: nn.Module) -> None:
     """
     if isinstance(model, QuantModel):
         raise InputError("this model is quantized already; give the float model")
-    bad = [
-        n for n, p in model.named_parameters() if p.is_floating_point() and not bool(torch.isfinite(p).all())
-    ]
+    bad = [n for n, p in model.named_parameters() if p.is_floating_point() and not bool(torch.isfinite(p).all())]
     if bad:
         raise InputError(f"NaN or Inf in {len(bad)} weights: {', '.join(bad[:5])}; load a sound checkpoint")

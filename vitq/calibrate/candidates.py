@@ -19,14 +19,10 @@ def minmax(stats: Statistics) -> Ranges:
     return stats.low[None], stats.high[None]
 
 
-def percentiles(
-    stats: Statistics, probabilities: Sequence[float] = PERCENTILES, *, one_sided: bool = False
-) -> Ranges:
+def percentiles(stats: Statistics, probabilities: Sequence[float] = PERCENTILES, *, one_sided: bool = False) -> Ranges:
     """[quantile(1 - p), quantile(p)] for every p; with `one_sided` the low end is 0."""
     high = torch.stack([stats.quantile(p) for p in probabilities])
-    low = (
-        torch.zeros_like(high) if one_sided else torch.stack([stats.quantile(1.0 - p) for p in probabilities])
-    )
+    low = torch.zeros_like(high) if one_sided else torch.stack([stats.quantile(1.0 - p) for p in probabilities])
     return low, high
 
 

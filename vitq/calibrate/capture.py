@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -52,7 +54,7 @@ def watch_parallel(
         with progress.task("observing", len(data.sizes)) as task:
             for batch, images in zip(data, data.sizes, strict=True):
                 for site in sites:
-                    _observe_with(qmodel, site, lambda x, w=active[site.id], n=images: w.observe(x, n))
+                    _observe_with(qmodel, site, partial(active[site.id].observe, images=images))
                 data.forward(qmodel.model, batch)
                 task.advance()
     finally:
@@ -97,7 +99,7 @@ def _finish_as_reached(
         task.advance()
 
     for site in pending.values():
-        _observe_with(qmodel, site, lambda x, s=site: finish(s, x))
+        _observe_with(qmodel, site, partial(finish, site))
 
 
 class _Stages:
@@ -128,7 +130,7 @@ class _Stages:
             block = self.qmodel.model.get_submodule(name)
             if inputs is None:
                 inputs = self._inputs_of(block)
-            self._finish_sites(inputs, lambda item, b=block: b(*item[0], **item[1]))
+            self._finish_sites(inputs, partial(_call, block))
             follows = number + 1 < len(blocks) and chained[number]
             inputs = self._through(block, inputs) if follows else None
         self._finish_sites(self.data, lambda batch: self.data.forward(self.qmodel.model, batch))
@@ -138,7 +140,8 @@ class _Stages:
         while self.pending:
             self.reached = self.watcher = None
             with self._stopping_at_pending():
-                for item, self.images in zip(items, self.data.sizes, strict=True):
+                for item, images in zip(items, self.data.sizes, strict=True):
+                    self.images = images
                     with suppress(_Stop):
                         run(item)
             if self.reached is None or self.watcher is None:
@@ -157,7 +160,7 @@ class _Stages:
             raise _Stop
 
         for site in self.pending.values():
-            _observe_with(self.qmodel, site, lambda x, s=site: look(s, x))
+            _observe_with(self.qmodel, site, partial(look, site))
         try:
             yield
         finally:
@@ -197,15 +200,17 @@ class _Stages:
             def note(module: nn.Module, args: Any, kwargs: Any, out: Any, name: str = name) -> None:
                 calls[name] = (args, kwargs, out[0] if isinstance(out, tuple) else out)
 
-            handles.append(
-                self.qmodel.model.get_submodule(name).register_forward_hook(note, with_kwargs=True)
-            )
+            handles.append(self.qmodel.model.get_submodule(name).register_forward_hook(note, with_kwargs=True))
         try:
             self.data.forward(self.qmodel.model, _one(next(iter(self.data))))
         finally:
             for handle in handles:
                 handle.remove()
-        return [_follows(calls.get(a), calls.get(b)) for a, b in zip(blocks, blocks[1:], strict=False)]
+        return [_follows(calls.get(a), calls.get(b)) for a, b in pairwise(blocks)]
+
+
+def _call(block: nn.Module, item: tuple[Any, Any]) -> Any:
+    return block(*item[0], **item[1])
 
 
 def _follows(before: tuple[Any, Any, Any] | None, after: tuple[Any, Any, Any] | None) -> bool:

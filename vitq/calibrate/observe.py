@@ -127,9 +127,7 @@ class Sketch:
             return
         self._share = sample / total
         # One more for the neighbour that interpolation needs, and slack for inputs of varying size.
-        self._tail_size = (
-            math.ceil(TAIL * total) + 2 + (0 if self.images is None else math.ceil(TAIL * total))
-        )
+        self._tail_size = math.ceil(TAIL * total) + 2 + (0 if self.images is None else math.ceil(TAIL * total))
         self._tail_size = min(self._tail_size, values)
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -160,9 +158,7 @@ class Sketch:
         ones = torch.ones_like(self._low)
         if self._share >= 1.0:
             none = body.new_empty(body.shape[0], 0)
-            return Statistics(
-                self._count, self._low, self._high, none, none, body.sort(dim=1).values, ones, True
-            )
+            return Statistics(self._count, self._low, self._high, none, none, body.sort(dim=1).values, ones, True)
         self._merge()
         top, bottom = self._tops[0], self._bottoms[0]
         inside = body < top[:, -1:]

@@ -25,12 +25,7 @@ def default_forward(model: nn.Module, batch: Any) -> Any:
         return model(batch)
     if isinstance(batch, dict):
         return model(**{k: v for k, v in batch.items() if k not in ("label", "labels")})
-    if (
-        len(batch) == 2
-        and isinstance(batch[1], Tensor)
-        and not batch[1].is_floating_point()
-        and batch[1].ndim == 1
-    ):
+    if len(batch) == 2 and isinstance(batch[1], Tensor) and not batch[1].is_floating_point() and batch[1].ndim == 1:
         return model(batch[0])
     return model(*batch)
 
@@ -71,15 +66,11 @@ class Batches:
         """
         if isinstance(data, Batches):
             return data
-        if isinstance(data, (Tensor, dict)) or (
-            isinstance(data, tuple) and all(isinstance(t, Tensor) for t in data)
-        ):
+        if isinstance(data, (Tensor, dict)) or (isinstance(data, tuple) and all(isinstance(t, Tensor) for t in data)):
             _check(data, "calibration data")
             return cls(lambda: split(data, MICRO_BATCH), sizes_of(leading_size(data)), forward)
         if not isinstance(data, Iterable):
-            raise DataError(
-                f"calibration data of type {type(data).__name__}; give a tensor or batches of tensors"
-            )
+            raise DataError(f"calibration data of type {type(data).__name__}; give a tensor or batches of tensors")
         kept = list(data)
         if not kept:
             raise DataError("calibration data holds no batches; give at least one image")
@@ -102,7 +93,8 @@ def leading_size(batch: Any) -> int:
 def split(batch: Any, size: int) -> Iterator[Any]:
     """Cut a pytree of tensors along their first dimension."""
     for start in range(0, leading_size(batch), size):
-        yield pytree.tree_map(lambda t: t[start : start + size] if isinstance(t, Tensor) else t, batch)
+        part = slice(start, start + size)
+        yield pytree.tree_map(lambda t, part=part: t[part] if isinstance(t, Tensor) else t, batch)
 
 
 def _check(batch: Any, where: str) -> None:

@@ -33,9 +33,7 @@ class UnknownNameError(InputError):
     def __init__(self, kind: str, name: str, known: Iterable[str], advice: str = "") -> None:
         known = sorted(known)
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-        hint = (
-            f"Did you mean {' or '.join(repr(n) for n in near)}?" if near else f"Known: {', '.join(known)}."
-        )
+        hint = f"Did you mean {' or '.join(repr(n) for n in near)}?" if near else f"Known: {', '.join(known)}."
         super().__init__(f"unknown {kind} {name!r}. {hint}{' ' + advice if advice else ''}")
 
 
@@ -51,9 +49,7 @@ class MissingExtraError(VitqError, ImportError):
     """An optional package is needed and is not installed."""
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
-        super().__init__(
-            f"{purpose} needs the package {package!r}. Install it with: pip install 'vitq[{extra}]'"
-        )
+        super().__init__(f"{purpose} needs the package {package!r}. Install it with: pip install 'vitq[{extra}]'")
 
 
 class TraceError(VitqError):

@@ -38,9 +38,7 @@ class Format:
         if not 2 <= self.bits <= 16:
             raise InputError(f"format {self.kind!r} with {self.bits} bits: bits must be 2 to 16")
         if not _PER.fullmatch(self.per):
-            raise InputError(
-                f"unknown granularity {self.per!r}; use tensor, channel, head, token or group:K (K >= 1)"
-            )
+            raise InputError(f"unknown granularity {self.per!r}; use tensor, channel, head, token or group:K (K >= 1)")
         object.__setattr__(self, "options", tuple(sorted(self.options)))
 
     @classmethod
@@ -66,9 +64,7 @@ class Format:
         """
         unknown = set(data) - {"kind", "bits", "per", "options"}
         if unknown or not {"kind", "bits"} <= set(data):
-            raise InputError(
-                f"not a format: {dict(data)!r}; it needs kind and bits, and may have per, options"
-            )
+            raise InputError(f"not a format: {dict(data)!r}; it needs kind and bits, and may have per, options")
         return cls.of(data["kind"], data["bits"], data.get("per", "tensor"), **data.get("options", {}))
 
     def __str__(self) -> str:
@@ -97,9 +93,7 @@ class Bits:
         given = [None if digits is None else int(digits) for digits in match.groups()] if match else []
         if not any(given) or (None in given and not partial):
             near = f"; did you mean {_near(cleaned)}?" if _near(cleaned) else ""
-            raise InputError(
-                f"bits {text!r} are not understood; write for example w4a4, w8a8, w4a8 or w4a16{near}"
-            )
+            raise InputError(f"bits {text!r} are not understood; write for example w4a4, w8a8, w4a8 or w4a16{near}")
         for what, width in zip(("weight", "activation"), given, strict=True):
             if width is not None and (width < 2 or 8 < width < FLOAT_FROM):
                 raise InputError(f"bits {text!r}: {what}s have 2 to 8 bits, or 16 for float; got {width}")

@@ -34,9 +34,7 @@ class Override:
         """
         pattern, colon, bits = text.rpartition(":")
         if not colon or not pattern:
-            raise InputError(
-                f"override {text!r} is not PATTERN:BITS; write for example role=HEAD_IN:w8a8 or head:a8"
-            )
+            raise InputError(f"override {text!r} is not PATTERN:BITS; write for example role=HEAD_IN:w8a8 or head:a8")
         return cls(pattern, Bits.parse(bits, partial=True))
 
     def __str__(self) -> str:
@@ -81,9 +79,7 @@ class Plan:
                 raise _not_found(pattern, graph)
         for module in self.scope:
             if not any(_below(s.owner, module) for s in graph.sites.values()):
-                raise SiteNotFoundError(
-                    f"scope {module!r} holds no matrix product; see `vitq inspect` for the modules"
-                )
+                raise SiteNotFoundError(f"scope {module!r} holds no matrix product; see `vitq inspect` for the modules")
         formats: dict[str, Format] = {}
         reasons: dict[str, str] = {}
         for call in graph.calls:
@@ -185,9 +181,7 @@ def _not_found(pattern: str, graph: Graph) -> SiteNotFoundError:
         if pattern.startswith("role=")
         else f"modules with sites: {', '.join(owners[:6])} …"
     )
-    return SiteNotFoundError(
-        f"{pattern!r} matches no site of this model; {hint}. `vitq inspect` lists them all."
-    )
+    return SiteNotFoundError(f"{pattern!r} matches no site of this model; {hint}. `vitq inspect` lists them all.")
 
 
 __all__ = ["Assignment", "Override", "Plan", "Rule", "matches", "parse_overrides"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 
@@ -17,14 +17,8 @@ class Task(Protocol):
 class Progress(Protocol):
     """Where tasks are announced."""
 
-    def task(self, description: str, total: float) -> _TaskContext:
+    def task(self, description: str, total: float) -> AbstractContextManager[Task]:
         """Announce work of `total` steps; it ends with the context."""
-
-
-class _TaskContext(Protocol):
-    def __enter__(self) -> Task: ...
-
-    def __exit__(self, *exc: object) -> bool | None: ...
 
 
 class _Nothing:

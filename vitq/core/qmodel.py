@@ -123,9 +123,7 @@ class QuantModel(nn.Module):
 
     def sites(self, *roles: str) -> list[Site]:
         """Quantized sites with one of these roles (all without roles), in execution order."""
-        return [
-            s for s in self.graph.sites.values() if s.id in self.quantizers and (not roles or s.role in roles)
-        ]
+        return [s for s in self.graph.sites.values() if s.id in self.quantizers and (not roles or s.role in roles)]
 
     def weight(self, site: Site | str) -> nn.Parameter | None:
         """The parameter at a weight site, or None where the weight is computed."""

@@ -208,9 +208,7 @@ def modifier(fn: ModifierFn) -> ModifierFn:
     return MODIFIERS.register(fn.__name__)(fn)
 
 
-def resolve_recipe(
-    spec: str | Recipe | RecipeFn, bits: Bits, options: Mapping[str, Scalar] | None = None
-) -> Recipe:
+def resolve_recipe(spec: str | Recipe | RecipeFn, bits: Bits, options: Mapping[str, Scalar] | None = None) -> Recipe:
     """Build a recipe from `name+modifier+…`, a recipe function or a recipe, and check its order.
 
     Args:
@@ -223,18 +221,17 @@ def resolve_recipe(
         InputError: an option that the recipe does not have.
         CompositionError: slots with two owners, or passes in an impossible order.
     """
+    extras: list[str] = []
     if isinstance(spec, Recipe):
         if options:
             raise InputError("recipe options can only be given with a recipe's name or function")
-        built, extras = spec, []
+        built = spec
     elif callable(spec):
-        built, extras = _call(spec, bits, options), []
+        built = _call(spec, bits, options)
     else:
         name, *extras = [part.strip() for part in spec.split("+")]
         if name in MODIFIERS:
-            raise CompositionError(
-                f"{name!r} is a modifier; write a recipe first, for example 'minmax+{name}'"
-            )
+            raise CompositionError(f"{name!r} is a modifier; write a recipe first, for example 'minmax+{name}'")
         built = _call(RECIPES[name], bits, options)
     for extra in extras:
         if extra in RECIPES:
@@ -308,11 +305,7 @@ def check_order(recipe: Recipe) -> None:
         missing = step.needs - facts
         if missing:
             later = [p.name for p in recipe.passes if p.build().gives & missing]
-            advice = (
-                f"move {later[0]!r} before it"
-                if later
-                else f"add a pass that gives {', '.join(sorted(missing))}"
-            )
+            advice = f"move {later[0]!r} before it" if later else f"add a pass that gives {', '.join(sorted(missing))}"
             raise CompositionError(
                 f"recipe {recipe.name!r}: pass {spec.name!r} needs {', '.join(sorted(missing))}, which no earlier "
                 f"pass gives; {advice}"

@@ -125,10 +125,7 @@ class Graph:
 
     def signature(self) -> dict[str, str]:
         """Site id -> one line saying role, axes and parameter; what `fingerprint` digests."""
-        return {
-            s.id: f"{s.role} {','.join(s.axes)} {s.param or ''} {_static_shape(s)}"
-            for s in self.sites.values()
-        }
+        return {s.id: f"{s.role} {','.join(s.axes)} {s.param or ''} {_static_shape(s)}" for s in self.sites.values()}
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, for `inspect --json` and the artifact."""
@@ -143,7 +140,6 @@ class Graph:
 def _static_shape(site: Site) -> str:
     # Only weights and channel counts are the same for every batch and image size.
     kept: Iterable[str] = (
-        str(n) if site.param or axis == "channel" else "*"
-        for n, axis in zip(site.shape, site.axes, strict=True)
+        str(n) if site.param or axis == "channel" else "*" for n, axis in zip(site.shape, site.axes, strict=True)
     )
     return "x".join(kept)

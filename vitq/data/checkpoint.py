@@ -65,9 +65,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
         return _read_safetensors(path)
     if path.suffix in TORCH_SUFFIXES:
         return _unwrap(_read_torch(path), path)
-    raise CheckpointError(
-        f"{path.name}: unknown kind of checkpoint. Known: .safetensors, {', '.join(TORCH_SUFFIXES)}."
-    )
+    raise CheckpointError(f"{path.name}: unknown kind of checkpoint. Known: .safetensors, {', '.join(TORCH_SUFFIXES)}.")
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -76,9 +76,7 @@ def _unknown(kind: str, name: str, known: Iterable[str], examples: Iterable[str]
     return UnknownNameError(kind, name, near or examples, advice)
 
 
-def from_timm(
-    name: str, fetch: bool, num_classes: int | None, kwargs: Mapping[str, Any] | None = None
-) -> Built:
+def from_timm(name: str, fetch: bool, num_classes: int | None, kwargs: Mapping[str, Any] | None = None) -> Built:
     """A timm model by name or name.tag; num_classes None keeps its own."""
     import timm
 
@@ -173,9 +171,7 @@ def from_file(spec: str, sha256: str | None = None) -> Built:
     except VitqError:
         raise
     except Exception as error:  # whatever the user's code raises
-        raise InputError(
-            f"{spec}: {type(error).__name__}: {error}. Correct the file and try again."
-        ) from error
+        raise InputError(f"{spec}: {type(error).__name__}: {error}. Correct the file and try again.") from error
     if not isinstance(model, nn.Module):
         raise InputError(f"{spec} returned a {type(model).__name__}, expected an nn.Module.")
     count = getattr(model, "num_classes", None)

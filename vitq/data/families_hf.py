@@ -77,9 +77,7 @@ class _quiet:  # noqa: N801 - reads as a statement: with _quiet(transformers)
 
 def _hf_model(transformers: Any, config: Any) -> nn.Module:
     try:
-        model: nn.Module = transformers.AutoModelForImageClassification.from_config(
-            config, dtype=torch.float32
-        )
+        model: nn.Module = transformers.AutoModelForImageClassification.from_config(config, dtype=torch.float32)
     except ValueError as error:
         raise InputError(
             f"the Hugging Face model type {config.model_type!r} has no image classifier. "

@@ -32,8 +32,7 @@ def open_folder(root: Path, labels: str, num_classes: int | None) -> FileStore:
     ids = sorted(_images_below(root))
     if not ids:
         raise DataError(
-            f"no images in the folder {str(root)!r} (looked for {' '.join(sorted(EXTENSIONS))}). "
-            "Check the path."
+            f"no images in the folder {str(root)!r} (looked for {' '.join(sorted(EXTENSIONS))}). Check the path."
         )
     nested = [name for name in ids if "/" in name]
     if labels == "none" or not nested:

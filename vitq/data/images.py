@@ -85,9 +85,7 @@ class ImageSet:
         if count < 1:
             raise InputError(f"asked for {count} images, expected at least 1.")
         if count > len(self):
-            raise DataError(
-                f"asked {count}, found {len(self)} in {self.where}. Ask for fewer images or add some."
-            )
+            raise DataError(f"asked {count}, found {len(self)} in {self.where}. Ask for fewer images or add some.")
         return self.subset(np.random.default_rng(seed).permutation(len(self))[:count].tolist())
 
     def check(self, sample: int | None = None) -> None:
@@ -168,9 +166,7 @@ class ImageSet:
         with ThreadPoolExecutor(DECODERS, thread_name_prefix="vitq-decode") as pool:
             try:
                 for position, thunk in enumerate(self._store.thunks(self._indices)):
-                    pending.append(
-                        (position, pool.submit(_load, thunk, self.ids[position], transform, self.where))
-                    )
+                    pending.append((position, pool.submit(_load, thunk, self.ids[position], transform, self.where)))
                     if len(pending) > LOOK_AHEAD:
                         yield from self._result(*pending.popleft(), skip_bad)
                 while pending:
@@ -241,8 +237,7 @@ def open_images(
         store = batches_store(data)
     else:
         raise DataError(
-            f"a {type(data).__name__} is not image data. Give a path, a tensor (N, C, H, W) or an iterable "
-            "of batches."
+            f"a {type(data).__name__} is not image data. Give a path, a tensor (N, C, H, W) or an iterable of batches."
         )
     return _checked(ImageSet(store, labelled=labels == "auto"), num_classes)
 
@@ -299,8 +294,7 @@ def without_overlap(calibration: ImageSet, evaluation: ImageSet) -> tuple[ImageS
     kept = [position for position, hit in enumerate(known) if not hit]
     if not kept:
         raise DataError(
-            f"all {len(evaluation)} images of {evaluation.where} are calibration images too. "
-            "Evaluate on other images."
+            f"all {len(evaluation)} images of {evaluation.where} are calibration images too. Evaluate on other images."
         )
     left_out = [name for name, hit in zip(evaluation.ids, known, strict=True) if hit]
     return (evaluation.subset(kept) if left_out else evaluation), left_out

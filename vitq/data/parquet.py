@@ -25,9 +25,7 @@ WINDOW = 512  # images of a shuffled order for which each row group is read only
 class ParquetStore:
     """Rows of one or more Parquet files, in file order."""
 
-    def __init__(
-        self, where: str, files: list[Any], column: str, ids: list[str], labels: Tensor | None
-    ) -> None:
+    def __init__(self, where: str, files: list[Any], column: str, ids: list[str], labels: Tensor | None) -> None:
         self.where, self.files, self.column = where, files, column
         self.ids, self.labels = ids, labels
         self.starts: list[tuple[int, int, int]] = []  # first row, file, row group

@@ -122,9 +122,7 @@ def batches_store(batches: Iterable[Any]) -> ItemStore:
         raise DataError(f"{where}: yields nothing. An iterator that was used up before is empty.")
     kinds = {isinstance(image, Tensor) for image in images}
     if len(kinds) > 1 or len({label is None for label in labels}) > 1:
-        raise DataError(
-            f"{where}: elements differ in kind. Give tensors or PIL images, all or none with labels."
-        )
+        raise DataError(f"{where}: elements differ in kind. Give tensors or PIL images, all or none with labels.")
     joined = None if labels[0] is None else torch.cat([label for label in labels if label is not None])
     if kinds == {False}:
         return ItemStore(where, images, [f"image-{index}" for index in range(len(images))], joined)

@@ -92,10 +92,7 @@ class Comparison:
                 }
                 for each in self.accuracies
             ],
-            "pairs": [
-                {"first": pair.first, "second": pair.second, **pair.difference.to_json()}
-                for pair in self.pairs
-            ],
+            "pairs": [{"first": pair.first, "second": pair.second, **pair.difference.to_json()} for pair in self.pairs],
         }
 
     @property
@@ -121,9 +118,7 @@ def compare(
     unknown = (aligned.labels < 0).nonzero()
     if len(unknown):
         raise DataError(f"{aligned.ids[int(unknown[0])]} has no label in any of the predictions.")
-    correct = {
-        name: predicted == aligned.labels for name, predicted in zip(named, aligned.predicted, strict=True)
-    }
+    correct = {name: predicted == aligned.labels for name, predicted in zip(named, aligned.predicted, strict=True)}
     accuracies = []
     for (name, right), left_out in zip(correct.items(), aligned.left_out, strict=True):
         low, high = bootstrap_interval(right, level=level, resamples=resamples, seed=seed)

@@ -142,9 +142,7 @@ def topk_correct(logits: Tensor, labels: Tensor, k: int) -> Tensor:
         DataError: a label that is not a class.
     """
     if logits.ndim != 2 or labels.shape != logits.shape[:1]:
-        raise InputError(
-            f"logits must be (N, C) and labels (N,), not {tuple(logits.shape)} and {tuple(labels.shape)}."
-        )
+        raise InputError(f"logits must be (N, C) and labels (N,), not {tuple(logits.shape)} and {tuple(labels.shape)}.")
     if k < 1:
         raise InputError(f"k must be at least 1, not {k}.")
     if bool(logits.isnan().any()):
@@ -191,8 +189,7 @@ def _percentiles(means: np.ndarray, level: float) -> tuple[float, float]:
 def _checked_length(correct: Tensor, name: str) -> int:
     if correct.dtype != torch.bool or correct.ndim != 1:
         raise InputError(
-            f"{name} must be a bool vector, one entry per image, "
-            f"not {correct.dtype} of shape {tuple(correct.shape)}."
+            f"{name} must be a bool vector, one entry per image, not {correct.dtype} of shape {tuple(correct.shape)}."
         )
     if not len(correct):
         raise DataError("there is no image to compute an accuracy from.")

@@ -86,9 +86,7 @@ def write_predictions(path: str | os.PathLike[str], predictions: Predictions) ->
         with partial.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
             # The csv module (seen in Python 3.11) leaves a bare carriage return unquoted, which ends the row.
             odd = any("\r" in each for each in predictions.ids)
-            writer = csv.writer(
-                file, lineterminator="\n", quoting=csv.QUOTE_ALL if odd else csv.QUOTE_MINIMAL
-            )
+            writer = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL if odd else csv.QUOTE_MINIMAL)
             writer.writerow(COLUMNS)
             labels, predicted = predictions.labels.tolist(), predictions.predicted.tolist()
             writer.writerows(zip(predictions.ids, labels, predicted, strict=True))
@@ -160,8 +158,7 @@ def align(predictions: Sequence[Predictions]) -> Alignment:
         raise DataError(f"no image is in all of the predictions; they begin with {firsts}.")
     order = [torch.tensor([found[row] for row in shared]) for found in rows]
     ids = [
-        _common_suffix([each.ids[found[row]] for each, found in zip(predictions, rows, strict=True)])
-        for row in shared
+        _common_suffix([each.ids[found[row]] for each, found in zip(predictions, rows, strict=True)]) for row in shared
     ]
     labels = torch.full((len(shared),), UNKNOWN_LABEL)
     for each, index in zip(predictions, order, strict=True):

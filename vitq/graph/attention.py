@@ -91,11 +91,7 @@ def mha_unsupported(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwa
 def mha_operands(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
     """Operands of F.multi_head_attention_forward that exist before the call: inputs and weights."""
     a = _mha_arguments(query, key, value, *args, **kwargs)
-    found = (
-        {"input": query}
-        if query is key and key is value
-        else {"q_input": query, "k_input": key, "v_input": value}
-    )
+    found = {"input": query} if query is key and key is value else {"q_input": query, "k_input": key, "v_input": value}
     if key is value and query is not key:
         found.pop("v_input")
     if a["use_separate_proj_weight"]:
@@ -109,9 +105,7 @@ def mha_operands(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs
     return found | {"out_weight": a["out_proj_weight"]}
 
 
-def mha_inner(
-    query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
-) -> dict[str, tuple[int, ...]]:
+def mha_inner(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> dict[str, tuple[int, ...]]:
     """Shapes of what is inside: (B, H, tokens, D), (B, H, N, S), and (N, B, E) entering the projection."""
     heads, embed = _mha_arguments(query, key, value, *args, **kwargs)["num_heads"], query.shape[-1]
     rows, columns, batch = query.shape[0], key.shape[0], query.shape[1] if query.ndim == 3 else 1
@@ -150,9 +144,7 @@ def run_mha(port: Port, query: Tensor, key: Tensor, value: Tensor, *args: Any, *
     mask = _merge_masks(a["attn_mask"], a["key_padding_mask"], batch, heads, q.dtype)
     out, weights = attend(port, q, k, v, mask, bool(a["is_causal"]) and mask is None, None)
     out = out.permute(2, 0, 1, 3).reshape(rows, batch, embed)
-    out = ATEN.linear.default(
-        port("out_input", out), port("out_weight", a["out_proj_weight"]), a["out_proj_bias"]
-    )
+    out = ATEN.linear.default(port("out_input", out), port("out_weight", a["out_proj_weight"]), a["out_proj_bias"])
     if not batched:
         out = out.squeeze(1)
     if not a["need_weights"]:
@@ -187,7 +179,9 @@ def _merge_masks(
     mask: Tensor | None, padding: Tensor | None, batch: int, heads: int, dtype: torch.dtype
 ) -> Tensor | None:
     def additive(m: Tensor) -> Tensor:
-        return torch.zeros(m.shape, dtype=dtype, device=m.device).masked_fill(m, -torch.inf) if m.dtype == torch.bool else m  # fmt: skip
+        if m.dtype != torch.bool:
+            return m
+        return torch.zeros(m.shape, dtype=dtype, device=m.device).masked_fill(m, -torch.inf)
 
     merged = None
     if mask is not None:
@@ -205,7 +199,12 @@ _MHA_NAMES = (
     "use_separate_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "static_k", "static_v",
     "average_attn_weights", "is_causal",
 )  # fmt: skip
-_MHA_DEFAULTS = {"need_weights": True, "use_separate_proj_weight": False, "average_attn_weights": True, "is_causal": False}  # fmt: skip
+_MHA_DEFAULTS = {
+    "need_weights": True,
+    "use_separate_proj_weight": False,
+    "average_attn_weights": True,
+    "is_causal": False,
+}
 
 assert F.multi_head_attention_forward.__code__.co_varnames[3 : 3 + len(_MHA_NAMES)] == _MHA_NAMES, (
     "this torch has another signature of multi_head_attention_forward"

@@ -12,7 +12,14 @@ from vitq.graph.record import Node, Record
 
 # Values are moved, copied or dropped, never mixed.
 MOVES = frozenset(
-    ["reshape", "view", "flatten", "unflatten", "permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "contiguous", "clone", "to", "float", "half", "bfloat16", "type", "type_as", "detach", "squeeze", "unsqueeze", "expand", "expand_as", "chunk", "split", "tensor_split", "unbind", "__getitem__", "roll", "pad", "cat", "concat", "concatenate", "stack", "dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout", "view_as", "reshape_as", "index_select", "narrow", "select", "repeat", "repeat_interleave", "t", "flip", "__get__", "requires_grad_", "split_with_sizes"]
+    {
+        *("reshape", "view", "view_as", "reshape_as", "flatten", "unflatten", "squeeze", "unsqueeze", "contiguous"),
+        *("permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "flip", "roll", "pad"),
+        *("clone", "detach", "to", "float", "half", "bfloat16", "type", "type_as", "__get__", "requires_grad_"),
+        *("expand", "expand_as", "repeat", "repeat_interleave", "cat", "concat", "concatenate", "stack"),
+        *("chunk", "split", "split_with_sizes", "tensor_split", "unbind", "__getitem__", "narrow", "select"),
+        *("index_select", "dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout"),
+    }
 )
 SCALES = frozenset(["mul", "__mul__", "__rmul__", "mul_", "div", "__truediv__", "div_", "true_divide"])
 ADDS = frozenset(["add", "__add__", "__radd__", "add_", "__iadd__", "sub", "__sub__"])
@@ -20,10 +27,12 @@ MASKS = frozenset(["masked_fill", "masked_fill_", "where", "clamp"])
 SOFTMAX = frozenset(["softmax", "_softmax"])
 NORMS = frozenset(["layer_norm", "rms_norm"])
 ACTIVATIONS = {
-    "gelu": "gelu", "relu": "relu", "relu_": "relu", "silu": "silu", "silu_": "silu", "hardswish": "hardswish",
-    "relu6": "relu6", "leaky_relu": "leaky_relu", "elu": "elu", "mish": "mish", "tanh": "tanh", "glu": "glu",
-    "selu": "selu", "softplus": "softplus", "hardtanh": "relu6",
-}  # fmt: skip
+    name: name.rstrip("_")
+    for name in (
+        *("gelu", "relu", "relu_", "relu6", "silu", "silu_", "hardswish", "leaky_relu", "elu", "selu", "mish"),
+        *("tanh", "glu", "softplus", "hardtanh"),
+    )
+}
 
 
 def scales_by_constant(record: Record, node: Node) -> bool:

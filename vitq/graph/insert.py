@@ -7,7 +7,6 @@ of its products to their quantizers. Works in eager mode, torch.export and torch
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -71,7 +70,7 @@ class QuantizedOwner(nn.Module):
         with _Interception(self._vitq_owner, self._vitq_table):
             if self._vitq_forward is not None:
                 return self._vitq_forward(*args, **kwargs)
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+            return super().forward(*args, **kwargs)
 
 
 def attach(model: nn.Module, graph: Graph, quantizers: Mapping[str, nn.Module]) -> None:
@@ -100,7 +99,7 @@ def detach(model: nn.Module) -> None:
             for name in ("_vitq_owner", "_vitq_table", "_vitq_forward"):
                 delattr(module, name)
             if forward is not None:
-                module.forward = forward
+                module.__dict__["forward"] = forward
 
 
 def _take_over(module: nn.Module, owner: str, table: Table) -> None:
@@ -108,12 +107,17 @@ def _take_over(module: nn.Module, owner: str, table: Table) -> None:
         # A forward patched onto the instance would hide the class's.
         module._vitq_forward = module.__dict__.pop("forward", None)
         module.__class__ = _owner_class(type(module))
+    assert isinstance(module, QuantizedOwner)
     module._vitq_owner = owner
     module._vitq_table = table
 
 
-@functools.cache
+_CLASSES: dict[type, type] = {}
+
+
 def _owner_class(cls: type) -> type:
     # One class per original class, so that torch.compile treats equal layers alike.
-    looks = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    return type(cls.__name__, (QuantizedOwner, cls), looks)
+    if cls not in _CLASSES:
+        looks = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+        _CLASSES[cls] = type(cls.__name__, (QuantizedOwner, cls), looks)
+    return _CLASSES[cls]

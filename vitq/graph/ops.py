@@ -152,9 +152,7 @@ def _macs_einsum(out: Tensor, equation: str, *tensors: Any) -> int:
     sizes: dict[str, int] = {}
     terms = equation.replace(" ", "").split("->")[0].split(",")
     for term, tensor in zip(terms, _einsum_tensors(tensors), strict=True):
-        sizes.update(
-            zip(term.replace("...", ""), tensor.shape[-len(term.replace("...", "")) :], strict=False)
-        )
+        sizes.update(zip(term.replace("...", ""), tensor.shape[-len(term.replace("...", "")) :], strict=False))
     return math.prod(sizes.values())
 
 
@@ -198,9 +196,7 @@ PRODUCTS: dict[Any, Product] = {
     F.multi_head_attention_forward: MHA,
 }
 for _name in ("conv1d", "conv2d", "conv3d"):
-    PRODUCTS[getattr(torch, _name)] = PRODUCTS[getattr(F, _name)] = Product(
-        "conv", _conv, _run_conv(_name), _macs_conv
-    )
+    PRODUCTS[getattr(torch, _name)] = PRODUCTS[getattr(F, _name)] = Product("conv", _conv, _run_conv(_name), _macs_conv)
 for _name in ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"):
     PRODUCTS[getattr(torch, _name)] = PRODUCTS[getattr(F, _name)] = Product(
         "convt", _conv, _run_conv(_name), _macs_conv_transpose

@@ -21,7 +21,10 @@ from vitq.graph.ops import PRODUCTS, Product
 
 # Uses a tensor's type and device, not its values.
 METADATA = frozenset(
-    ["new_zeros", "new_ones", "new_full", "new_empty", "new_tensor", "zeros_like", "ones_like", "full_like", "empty_like", "size", "dim", "numel"]
+    {
+        *("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"),
+        *("zeros_like", "ones_like", "full_like", "empty_like", "size", "dim", "numel"),
+    }
 )
 
 

@@ -70,9 +70,7 @@ def is_attention(record: Record, node: Node) -> bool:
         return True
     if node.product.kind not in ("matmul", "einsum"):
         return False
-    return _softmax_dim_after(record, node) is not None or any(
-        _is_softmax(record, t) for t in node.operands.values()
-    )
+    return _softmax_dim_after(record, node) is not None or any(_is_softmax(record, t) for t in node.operands.values())
 
 
 def _input_role(record: Record, node: Node, tensor: int) -> tuple[str, str | None]:
@@ -161,8 +159,6 @@ def axes_of(node: Node, operand: str, role: str, ndim: int) -> tuple[str, ...]:
     if role != roles.SOFTMAX_OUT:
         # Of the right operand of a score product and the left one of a value product, rows are channels.
         rows_are_channels = (operand == "rhs") != (role == roles.VALUE)
-        last = (
-            ("channel", "token") if rows_are_channels and operand in ("lhs", "rhs") else ("token", "channel")
-        )
+        last = ("channel", "token") if rows_are_channels and operand in ("lhs", "rhs") else ("token", "channel")
     front = ndim - 2
     return ("batch",) * max(front - 1, min(front, 1)) + ("head",) * (front > 1) + last

@@ -244,6 +244,4 @@ def _bias_foldable(model: nn.Module, log: Record, node: Node) -> bool:
 
 def _describe(example: Any) -> str:
     tensors = [t for t in torch.utils._pytree.tree_leaves(example) if isinstance(t, torch.Tensor)]
-    return ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in tensors) or repr(
-        example
-    )
+    return ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in tensors) or repr(example)

@@ -34,9 +34,7 @@ class Fit(Pass):
     name = "fit"
     slot = "fit"
     gives = frozenset({WEIGHT_SCALES, ACT_SCALES})
-    cost = (
-        "one forward of the calibration images; on the quantized prefix about six if there are more than 32"
-    )
+    cost = "one forward of the calibration images; on the quantized prefix about six if there are more than 32"
 
     def __init__(
         self,
@@ -96,9 +94,7 @@ class _Last:
 class _Fitting:
     """Gathers the statistics of one site, then fits its quantizer and switches it on."""
 
-    def __init__(
-        self, site: Site, quantizer: Quantizer, search: Search, images: int | None, last: _Last
-    ) -> None:
+    def __init__(self, site: Site, quantizer: Quantizer, search: Search, images: int | None, last: _Last) -> None:
         self.site = site
         self.quantizer = quantizer
         self.search = search

@@ -69,9 +69,7 @@ class Layout:
         weight = "in" in axes
         name = "in" if weight else "channel"
         if name not in axes or axes.index(name) != len(axes) - 1:
-            raise InputError(
-                f"groups of {size} need {name!r} as the last axis; this site has {', '.join(axes)}"
-            )
+            raise InputError(f"groups of {size} need {name!r} as the last axis; this site has {', '.join(axes)}")
         if shape[-1] % size:
             raise InputError(f"groups of {size} do not divide {shape[-1]} channels; choose a divisor")
         keep = (-3, -2) if weight else (-2,)

@@ -47,7 +47,7 @@ class _LogQuantizer(Quantizer):
     @property
     def code_count(self) -> int:
         """Number of codes, the zero code included."""
-        return self.zero_code + 1
+        return int(self.zero_code) + 1
 
     def range_to_params(self, low: Tensor, high: Tensor) -> Params:
         """The scale is the top of the range; `low` is not used: zero always has a code."""
@@ -75,7 +75,7 @@ class _LogQuantizer(Quantizer):
 
     def _is_zero(self, code: Tensor) -> Tensor:
         # Codes that would denote subnormal numbers are zero, too: 2**-255 does not exist in float32.
-        return code >= min(self.zero_code, int(-MIN_LOG2 * self.steps))
+        return code.ge(min(self.zero_code, int(-MIN_LOG2 * self.steps)))
 
 
 @QUANTIZERS.register("log2")

@@ -34,9 +34,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         InputError: a code is out of range or not whole.
     """
     flat = codes.detach().cpu().reshape(-1)
-    if flat.numel() and (
-        flat.min() < 0 or flat.max() >= 2**bits or bool((flat != flat.to(torch.int64)).any())
-    ):
+    if flat.numel() and (flat.min() < 0 or flat.max() >= 2**bits or bool((flat != flat.to(torch.int64)).any())):
         raise InputError(f"codes must be whole numbers in [0, {2**bits}); got {flat.min()} to {flat.max()}")
     array = flat.to(torch.uint8).numpy()
     if bits == 8:

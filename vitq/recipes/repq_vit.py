@@ -23,12 +23,8 @@ from vitq.core.recipe import PassSpec, Recipe, Rule, recipe
 @recipe
 def repq_vit(weight_bits: int, act_bits: int, parity: bool = False) -> Recipe:
     """Channel scales folded into LayerNorm, log base sqrt(2) after softmax."""
-    fit = PassSpec.of(
-        "fit", method="percentile_mse", weight_method="percentile_mse", flow="prefix", exact=parity
-    )
-    softmax = (
-        Format.of("logsqrt2", act_bits, extra_zero_level=True) if parity else Format("logsqrt2", act_bits)
-    )
+    fit = PassSpec.of("fit", method="percentile_mse", weight_method="percentile_mse", flow="prefix", exact=parity)
+    softmax = Format.of("logsqrt2", act_bits, extra_zero_level=True) if parity else Format("logsqrt2", act_bits)
     folded = (roles.QKV_IN, roles.FC1_IN, roles.MERGE_IN)
     return Recipe(
         name="repq_vit",

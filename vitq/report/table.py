@@ -26,9 +26,7 @@ def read_results(path: str | os.PathLike[str]) -> list[dict[str, str]]:
     return _read(Path(path))[1]
 
 
-def append_rows(
-    path: str | os.PathLike[str], rows: Iterable[Mapping[str, object]], key: Sequence[str]
-) -> None:
+def append_rows(path: str | os.PathLike[str], rows: Iterable[Mapping[str, object]], key: Sequence[str]) -> None:
     """Add rows to a results file, which is created if need be and is whole at every moment.
 
     A row whose key columns equal those of rows already there takes the place of the first of them,

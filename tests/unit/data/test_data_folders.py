@@ -144,9 +144,7 @@ def test_labels_csv_may_start_with_a_byte_order_mark(tmp_path: Path) -> None:
         ([], "expected 'file,label'"),
     ],
 )
-def test_a_labels_csv_that_cannot_be_used_says_why(
-    tmp_path: Path, rows: list[list[str]], message: str
-) -> None:
+def test_a_labels_csv_that_cannot_be_used_says_why(tmp_path: Path, rows: list[list[str]], message: str) -> None:
     write(tmp_path / "a.png")
     with pytest.raises(DataError, match=message):
         open_images(write_csv(tmp_path, rows))

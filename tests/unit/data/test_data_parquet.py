@@ -91,9 +91,7 @@ def test_img_columns_plain_bytes_and_missing_labels_are_read(tmp_path: Path) -> 
         ({"image": [b"x"], "label": [12]}, "label 12 of 'row-000000'.*10 classes"),
     ],
 )
-def test_a_table_that_cannot_be_used_says_why(
-    tmp_path: Path, table: dict[str, list[Any]], message: str
-) -> None:
+def test_a_table_that_cannot_be_used_says_why(tmp_path: Path, table: dict[str, list[Any]], message: str) -> None:
     pq.write_table(pa.table(table), tmp_path / "a.parquet")
     with pytest.raises(DataError, match=message):
         open_images(tmp_path / "a.parquet", num_classes=10)

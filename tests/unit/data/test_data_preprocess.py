@@ -47,9 +47,7 @@ def test_timm_models_are_preprocessed_as_timm_does(name: str) -> None:
 @pytest.mark.parametrize("mode", ["center", "squash", "border"])
 def test_every_crop_mode_of_timm_is_kept(mode: str) -> None:
     ours = Preprocess((3, 24, 24), "bilinear", crop_pct=0.8, crop_mode=mode)
-    theirs = create_transform(
-        (3, 24, 24), is_training=False, interpolation="bilinear", crop_pct=0.8, crop_mode=mode
-    )
+    theirs = create_transform((3, 24, 24), is_training=False, interpolation="bilinear", crop_pct=0.8, crop_mode=mode)
     for size in SIZES:
         assert torch.equal(ours.transform()(photo(*size)), theirs(photo(*size)))
 

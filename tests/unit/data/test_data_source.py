@@ -139,9 +139,7 @@ def test_a_file_without_function_and_a_missing_file_say_so(tmp_path: Path) -> No
         load_model("hf:./no_such_folder")
 
 
-def test_weights_that_cannot_be_fetched_suggest_a_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_that_cannot_be_fetched_suggest_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     constants = pytest.importorskip("huggingface_hub").constants
     monkeypatch.setattr(hub, "_reachable", lambda host, port: False)
     monkeypatch.setattr(hub, "getproxies", dict)
@@ -197,9 +195,7 @@ def test_an_unusable_record_is_an_artifact_error(source: dict[str, str]) -> None
 
 def test_non_finite_weights_are_named() -> None:
     with pytest.raises(CheckpointError, match=r"2 tensor\(s\): b, c"):
-        check_finite(
-            {"a": torch.zeros(2), "b": torch.tensor([math.nan]), "c": torch.tensor([1, math.inf]).half()}
-        )
+        check_finite({"a": torch.zeros(2), "b": torch.tensor([math.nan]), "c": torch.tensor([1, math.inf]).half()})
     check_finite({"a": torch.arange(3)})
 
 

@@ -18,9 +18,7 @@ PEERS = Path(__file__).resolve().parents[3].parent / "shared" / "reference" / "p
 
 def right_on(count: int, n: int = 100, folder: str = "") -> Predictions:
     labels = torch.arange(n) % 10
-    return Predictions(
-        [f"{folder}{i:04}.jpg" for i in range(n)], labels, labels + (torch.arange(n) >= count).long()
-    )
+    return Predictions([f"{folder}{i:04}.jpg" for i in range(n)], labels, labels + (torch.arange(n) >= count).long())
 
 
 def test_every_set_and_every_pair_is_there_with_its_numbers() -> None:

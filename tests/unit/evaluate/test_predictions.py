@@ -50,9 +50,7 @@ def test_the_file_has_the_three_columns(tmp_path: Path) -> None:
         unique=True,
     )
 )
-def test_any_file_name_survives_writing_and_reading(
-    tmp_path_factory: pytest.TempPathFactory, ids: list[str]
-) -> None:
+def test_any_file_name_survives_writing_and_reading(tmp_path_factory: pytest.TempPathFactory, ids: list[str]) -> None:
     path = tmp_path_factory.mktemp("roundtrip") / "p.csv"
     index = torch.arange(len(ids))
     write_predictions(path, Predictions(ids, index, index + 1))

@@ -30,9 +30,7 @@ def test_rows_are_added_replaced_in_place_and_columns_unioned(tmp_path: Path) ->
 
 cells = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=5)
 tables = st.lists(
-    st.fixed_dictionaries(
-        {"model": st.sampled_from("abc"), "bits": cells}, optional={"x": cells, "y": cells}
-    ),
+    st.fixed_dictionaries({"model": st.sampled_from("abc"), "bits": cells}, optional={"x": cells, "y": cells}),
     max_size=6,
 )
 
@@ -98,9 +96,7 @@ def test_rows_that_cannot_be_keyed_are_refused(tmp_path: Path) -> None:
         (b"a,b\n\xff\xfe,2\n", "not a CSV file"),
     ],
 )
-def test_a_file_that_holds_no_results_is_one_clear_error(
-    tmp_path: Path, content: bytes, message: str
-) -> None:
+def test_a_file_that_holds_no_results_is_one_clear_error(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "r.csv").write_bytes(content)
     with pytest.raises(DataError, match=message):
         read_results(tmp_path / "r.csv")

@@ -89,9 +89,7 @@ class FoldNormScale(Pass):
 
     def __init__(self, aggregate: str = "mean", parity: bool = False) -> None:
         if aggregate not in ("mean", "median"):
-            raise CompositionError(
-                f"pass 'fold_norm_scale': unknown aggregate {aggregate!r}; use mean or median"
-            )
+            raise CompositionError(f"pass 'fold_norm_scale': unknown aggregate {aggregate!r}; use mean or median")
         self.aggregate = aggregate
         self.parity = parity
 
@@ -99,9 +97,7 @@ class FoldNormScale(Pass):
         """Fold every norm whose linears' inputs have channel scales; their weights must be fitted again."""
         folded = 0
         for pair in qmodel.graph.pairs:
-            quantized = [
-                s for s in pair.inputs if s in qmodel.quantizers and qmodel.formats[s].per == "channel"
-            ]
+            quantized = [s for s in pair.inputs if s in qmodel.quantizers and qmodel.formats[s].per == "channel"]
             if quantized:
                 self._fold(qmodel, pair, quantized)
                 folded += 1
