@@ -1,10 +1,12 @@
 """vitq makes Vision Transformers low-bit, for real.
 
-    qmodel = vitq.quantize(model, "repq_vit", bits="w4a4", data=images)
-    vitq.save(qmodel, "out/")
-    qmodel = vitq.load("out/")
+qmodel = vitq.quantize(model, "repq_vit", bits="w4a4", data=images)
+vitq.save(qmodel, "out/")
+qmodel = vitq.load("out/")
 """
 
+from vitq.artifact import load as load
+from vitq.artifact import save as save
 from vitq.core.errors import VitqError as VitqError
 from vitq.core.format import Format as Format
 from vitq.core.qmodel import QuantModel as QuantModel
@@ -14,6 +16,5 @@ from vitq.core.recipe import Recipe as Recipe
 from vitq.core.recipe import Rule as Rule
 from vitq.core.recipe import modifier as modifier
 from vitq.core.recipe import recipe as recipe
+from vitq.core.version import __version__ as __version__
 from vitq.pipeline import quantize as quantize
-
-__version__ = "0.1.0"

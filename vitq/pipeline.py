@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from vitq.core.batches import Batches, ForwardFn, default_forward
+from vitq.core.batches import Batches, ForwardFn, default_forward, describe_example
 from vitq.core.errors import DataError, InputError
 from vitq.core.format import Bits, Format, Scalar
 from vitq.core.plan import Override, Plan, parse_overrides
@@ -68,9 +68,11 @@ def quantize(
     plan = resolve(recipe, bits, scope=scope, exclude=exclude, overrides=overrides, options=options, seed=seed)
     check_weights(model)
     batches = None if data is None else Batches.of(data, forward_fn)
-    graph = trace(model, first_example(batches, example), forward_fn)  # 1. where
+    example = first_example(batches, example)
+    graph = trace(model, example, forward_fn)  # 1. where
     torch.manual_seed(seed)
     qmodel = insert(copy.deepcopy(model), graph, plan)  # 2. which numbers
+    qmodel.example = describe_example(example)
     run_passes(qmodel, batches, progress or Silent())  # 3. how
     return qmodel.freeze() if freeze else qmodel  # 4. codes and scales
 

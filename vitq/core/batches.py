@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from vitq.core.errors import DataError
+from vitq.core.errors import DataError, InputError
 
 MICRO_BATCH = 32
 ForwardFn = Callable[[nn.Module, Any], Any]
@@ -104,3 +104,43 @@ def _check(batch: Any, where: str) -> None:
     for tensor in tensors:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise DataError(f"{where} contains NaN or Inf; look at the images or the preprocessing")
+
+
+def describe_example(example: Any) -> Any:
+    """JSON that says what an example looks like: shapes and types of its tensors, and plain values.
+
+    Raises:
+        InputError: it holds something else.
+    """
+    if isinstance(example, Tensor):
+        return {"tensor": list(example.shape), "dtype": str(example.dtype).removeprefix("torch.")}
+    if isinstance(example, dict):
+        return {"dict": {str(k): describe_example(v) for k, v in example.items()}}
+    if isinstance(example, (list, tuple)):
+        return {type(example).__name__: [describe_example(v) for v in example]}
+    if example is None or isinstance(example, (bool, int, float, str)):
+        return {"value": example}
+    raise InputError(f"an example may hold tensors and plain values, not {type(example).__name__}")
+
+
+def example_from(description: Any) -> Any:
+    """An example of that description: seeded random tensors, which serve to trace.
+
+    Raises:
+        InputError: not a description.
+    """
+    match description:
+        case {"tensor": [*shape], "dtype": str(dtype)} if isinstance(getattr(torch, dtype, None), torch.dtype):
+            kind = getattr(torch, dtype)
+            if not kind.is_floating_point:
+                return torch.zeros(shape, dtype=kind)
+            return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(kind)
+        case {"dict": dict(items)}:
+            return {k: example_from(v) for k, v in items.items()}
+        case {"list": [*items]}:
+            return [example_from(v) for v in items]
+        case {"tuple": [*items]}:
+            return tuple(example_from(v) for v in items)
+        case {"value": value}:
+            return value
+    raise InputError(f"not the description of an example: {description!r}")

@@ -81,6 +81,7 @@ class QuantModel(nn.Module):
         plan: what was asked for, resolved.
         rewrites: what was changed in the model, in order; replayed by `load`.
         log: what the passes report, by pass.
+        example: what the example that it was traced with looks like.
         source, preprocess: how to build the model again and how to prepare its images; filled by the
             pipeline when known, kept in the artifact.
     """
@@ -103,6 +104,7 @@ class QuantModel(nn.Module):
         self.log: dict[str, Any] = {}
         self.source: dict[str, Any] | None = None
         self.preprocess: dict[str, Any] | None = None
+        self.example: Any = None
         self.provenance: dict[str, Any] = {}
         self.frozen = False
 

@@ -66,7 +66,8 @@ class Call:
     Attributes:
         id: `owner:op{ordinal}`.
         macs: multiply-accumulates per traced example.
-        sites: ids of its operands, in order.
+        sites: ids of its operands, in order; a tied weight has the site of the call that uses it first.
+        operands: names of the operands in this call, aligned with `sites`.
         reason: why it has no sites, from REASONS; None when it has.
         detail: for "unsupported", what exactly.
     """
@@ -79,6 +80,7 @@ class Call:
     sites: tuple[str, ...] = ()
     reason: str | None = None
     detail: str = ""
+    operands: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,12 @@ def attend(
     mask: Tensor | None,
     is_causal: bool,
     scale: float | None,
+    nan_rows: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """softmax(Q K^T * scale + mask) V with every operand passed through the port.
+
+    Args:
+        nan_rows: a query that the mask keeps from every key gives NaN, else zero.
 
     Returns:
         (output (..., N, D), probabilities (..., N, S) as they enter the second product).
@@ -39,7 +43,12 @@ def attend(
         scores = scores.masked_fill(~allowed, -torch.inf)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    weights = port("softmax", torch.softmax(scores, dim=-1))
+    weights = torch.softmax(scores, dim=-1)
+    if mask is not None and not nan_rows:
+        # A query that may see no key: zero, as the fused kernels have it.
+        blind = ~mask if mask.dtype == torch.bool else mask.isneginf()
+        weights = weights.masked_fill(blind.all(dim=-1, keepdim=True), 0)
+    weights = port("softmax", weights)
     return ATEN.matmul.default(weights, port("value", value)), weights
 
 
@@ -50,7 +59,15 @@ def sdpa_operands(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwarg
 
 def sdpa_inner(query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> dict[str, tuple[int, ...]]:
     """Shape of the probabilities."""
-    return {"softmax": (*query.shape[:-1], key.shape[-2])}
+    return {"softmax": (*_front(query, key), query.shape[-2], key.shape[-2])}
+
+
+def _front(query: Tensor, key: Tensor) -> tuple[int, ...]:
+    """Batch and head dimensions of the scores; with grouped queries there are fewer key heads."""
+    heads = query.shape[-3:-2]  # empty without heads
+    one = key.shape[: -2 - len(heads)]
+    several = torch.broadcast_shapes(query.shape[: -2 - len(heads)], one)
+    return (*several, *(max(h, *key.shape[-3:-2]) for h in heads))
 
 
 def run_sdpa(
@@ -66,15 +83,15 @@ def run_sdpa(
 ) -> Tensor:
     """F.scaled_dot_product_attention, taken apart. Attention dropout is not applied: it is training only."""
     if enable_gqa:
-        repeats = query.shape[-3] // key.shape[-3]
-        key, value = key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)
+        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+        value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
     return attend(port, query, key, value, attn_mask, is_causal, scale)[0]
 
 
 def sdpa_macs(out: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> int:
     """Multiply-accumulates of both products."""
     per_head = query.shape[-2] * key.shape[-2] * (query.shape[-1] + value.shape[-1])
-    return math.prod(query.shape[:-2]) * per_head
+    return math.prod(out.shape[:-2]) * per_head
 
 
 def mha_unsupported(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> str:
@@ -105,6 +122,11 @@ def mha_operands(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs
     return found | {"out_weight": a["out_proj_weight"]}
 
 
+def mha_bias(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
+    """The bias of the input projections."""
+    return _mha_arguments(query, key, value, *args, **kwargs)["in_proj_bias"]  # type: ignore[no-any-return]
+
+
 def mha_inner(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> dict[str, tuple[int, ...]]:
     """Shapes of what is inside: (B, H, tokens, D), (B, H, N, S), and (N, B, E) entering the projection."""
     heads, embed = _mha_arguments(query, key, value, *args, **kwargs)["num_heads"], query.shape[-1]
@@ -122,9 +144,7 @@ def mha_inner(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: A
 def mha_macs(out: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> int:
     """Multiply-accumulates of the projections and of both attention products."""
     embed = query.shape[-1]
-    rows, batch, columns = (query.shape[0], query.shape[1], key.shape[0]) if query.ndim == 3 else (
-        query.shape[0], 1, key.shape[0],
-    )  # fmt: skip
+    rows, columns, batch = query.shape[0], key.shape[0], query.shape[1] if query.ndim == 3 else 1
     projections = batch * embed * (2 * rows * embed + columns * (key.shape[-1] + value.shape[-1]))
     return projections + 2 * batch * rows * columns * embed
 
@@ -142,7 +162,7 @@ def run_mha(port: Port, query: Tensor, key: Tensor, value: Tensor, *args: Any, *
     q, k, v = _project(port, query, key, value, same, kv_same, a)
     q, k, v = (t.unflatten(-1, (heads, -1)).permute(1, 2, 0, 3) for t in (q, k, v))  # (B, H, tokens, D)
     mask = _merge_masks(a["attn_mask"], a["key_padding_mask"], batch, heads, q.dtype)
-    out, weights = attend(port, q, k, v, mask, bool(a["is_causal"]) and mask is None, None)
+    out, weights = attend(port, q, k, v, mask, bool(a["is_causal"]) and mask is None, None, a["need_weights"])
     out = out.permute(2, 0, 1, 3).reshape(rows, batch, embed)
     out = ATEN.linear.default(port("out_input", out), port("out_weight", a["out_proj_weight"]), a["out_proj_bias"])
     if not batched:

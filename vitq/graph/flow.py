@@ -15,7 +15,8 @@ MOVES = frozenset(
     {
         *("reshape", "view", "view_as", "reshape_as", "flatten", "unflatten", "squeeze", "unsqueeze", "contiguous"),
         *("permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "flip", "roll", "pad"),
-        *("clone", "detach", "to", "float", "half", "bfloat16", "type", "type_as", "__get__", "requires_grad_"),
+        *("clone", "detach", "to", "float", "half", "bfloat16", "type", "type_as", "requires_grad_"),
+        *("T", "mT", "data", "__setitem__", "copy_"),
         *("expand", "expand_as", "repeat", "repeat_interleave", "cat", "concat", "concatenate", "stack"),
         *("chunk", "split", "split_with_sizes", "tensor_split", "unbind", "__getitem__", "narrow", "select"),
         *("index_select", "dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout"),
@@ -164,14 +165,14 @@ def channel_ends(record: Record, tensor: int) -> list[tuple[Node, int]] | None:
 def _moved_channel(record: Record, node: Node, source: int, out: int, dim: int) -> int | None:
     """Where the channel dimension lies after a move, or None if it is not kept whole."""
     before, after = record.shapes[source], record.shapes[out]
-    if node.name in ("permute", "transpose", "swapaxes", "swapdims", "t", "movedim", "moveaxis"):
+    if node.name in ("permute", "transpose", "swapaxes", "swapdims", "t", "T", "mT", "movedim", "moveaxis"):
         return _permuted(node, len(before), dim)
-    if node.name == "__get__":  # .shape gives no tensor; .T, .mT and .data do
-        return dim if before == after else None
     if node.name == "pad":
         amounts = node.args[1] if len(node.args) > 1 else node.kwargs.get("pad", ())
         return dim if not any(amounts) else None
-    if node.name in ("cat", "concat", "concatenate", "stack", "repeat", "repeat_interleave", "flip"):
+    if node.name in _MIXES or (node.name in ("roll", "index_select") and not _spares(node, len(before), dim)):
+        return None
+    if node.name == "__getitem__" and not _keeps_last(node, len(before) - dim):
         return None
     if math.prod(before) == math.prod(after):
         return _reshaped(before, after, dim)
@@ -183,14 +184,44 @@ def _moved_channel(record: Record, node: Node, source: int, out: int, dim: int) 
     return None
 
 
+# Moves after which a channel may lie elsewhere among the channels, or belong to another tensor.
+_MIXES = frozenset(
+    {
+        *("cat", "concat", "concatenate", "stack", "repeat", "repeat_interleave", "flip", "__setitem__", "copy_"),
+    }
+)
+
+
+def _spares(node: Node, ndim: int, dim: int) -> bool:
+    """Whether roll or index_select works along other dimensions than this one."""
+    position, key = (2, "dims") if node.name == "roll" else (1, "dim")
+    dims = node.args[position] if len(node.args) > position else node.kwargs.get(key)
+    if dims is None:
+        return False
+    return dim not in [d % ndim for d in (dims if isinstance(dims, (tuple, list)) else (dims,))]
+
+
+def _keeps_last(node: Node, from_right: int) -> bool:
+    """Whether an index leaves the dimension so far from the right alone."""
+    index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    if not all(isinstance(i, (int, slice, type(...))) for i in index):
+        return False  # tensors and lists may reorder (and a new dimension looks like a tensor in the record)
+    if ... not in index:
+        return True  # it counts from the left: what it cuts has another size
+    behind = index[index.index(...) + 1 :]
+    return len(behind) < from_right or behind[len(behind) - from_right] == slice(None)
+
+
 def _permuted(node: Node, ndim: int, dim: int) -> int | None:
     arguments = [a for a in node.args[1:] if a is not None]
     if node.name == "permute":
         raw = arguments[0] if arguments and isinstance(arguments[0], (tuple, list)) else arguments
         raw = raw or node.kwargs.get("dims", ())
         order = [d % ndim for d in raw]
-    elif node.name in ("transpose", "swapaxes", "swapdims", "t"):
-        two = arguments or list(node.kwargs.values()) or [0, 1]
+    elif node.name == "T":
+        order = list(range(ndim))[::-1]
+    elif node.name in ("transpose", "swapaxes", "swapdims", "t", "mT"):
+        two = arguments or list(node.kwargs.values()) or ([0, 1] if node.name == "t" else [-2, -1])
         order = list(range(ndim))
         a, b = two[0] % ndim, two[1] % ndim
         order[a], order[b] = order[b], order[a]

@@ -17,9 +17,13 @@ from torch.overrides import TorchFunctionMode
 from vitq.core.errors import TraceError
 from vitq.core.site import Graph
 from vitq.graph.ops import PRODUCTS
+from vitq.graph.record import OUTSIDE
 
-# (kind, ordinal) -> operand -> quantizer; an empty inner mapping is a call known and left float.
-Table = dict[tuple[str, int], dict[str, nn.Module]]
+# (kind, ordinal) -> operand -> quantizer, None for an operand left float; no operands: a call left float.
+Table = dict[tuple[str, int], dict[str, nn.Module | None]]
+
+# Classes of torch with a kernel of their own for the whole forward, which they take unless a mode is active.
+_FAST_PATHS = (nn.TransformerEncoderLayer, nn.TransformerEncoder)
 
 
 class _Interception(TorchFunctionMode):
@@ -48,11 +52,17 @@ class _Interception(TorchFunctionMode):
             # Known since the trace, and left float. Outer owners must not count it again.
             with torch._C.DisableTorchFunction():
                 return func(*args, **kwargs)
-        if not any(q.active for q in quantizers.values()):
+        if not any(q is not None and q.active for q in quantizers.values()):
             return product.plain(*args, **kwargs)
 
         def port(operand: str, tensor: Tensor) -> Tensor:
-            quantizer = quantizers.get(operand)
+            if operand not in quantizers:
+                raise TraceError(
+                    f"{self.owner or 'the model'}: {product.kind} number {ordinal} has an operand {operand!r} that it "
+                    f"did not have while it was traced (had {', '.join(quantizers)}); trace it with an example that "
+                    f"takes the same way"
+                )
+            quantizer = quantizers[operand]
             return tensor if quantizer is None else quantizer(tensor)
 
         return product.run(port, *args, **kwargs)
@@ -81,11 +91,17 @@ def attach(model: nn.Module, graph: Graph, quantizers: Mapping[str, nn.Module]) 
         quantizers: site id -> quantizer; sites without one stay float.
     """
     modules = dict(model.named_modules())
+    chosen = dict(quantizers.items())
     tables: dict[str, Table] = {}
     for call in graph.calls:
+        if call.detail == OUTSIDE:
+            continue
         table = tables.setdefault(call.owner, {})
-        operands = {site.rsplit(".", 1)[1]: site for site in call.sites}
-        table[(call.op, call.ordinal)] = {o: quantizers[s] for o, s in operands.items() if s in quantizers}
+        operands = zip(call.operands, call.sites, strict=True)
+        table[(call.op, call.ordinal)] = {o: chosen.get(s) for o, s in operands}
+    for name, module in modules.items():
+        if isinstance(module, _FAST_PATHS):
+            tables.setdefault(name, {})
     for owner, table in tables.items():
         _take_over(modules[owner], owner, table)
 
@@ -95,7 +111,10 @@ def detach(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, QuantizedOwner):
             forward = module._vitq_forward
-            module.__class__ = type(module).__mro__[2]
+            left = module.__dict__.get("forward")
+            if getattr(left, "__func__", None) is QuantizedOwner.forward:
+                del module.__dict__["forward"]  # put there by somebody who wrapped it for a while
+            module.__class__ = type(module).__bases__[1]
             for name in ("_vitq_owner", "_vitq_table", "_vitq_forward"):
                 delattr(module, name)
             if forward is not None:

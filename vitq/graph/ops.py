@@ -33,6 +33,8 @@ class Product:
         run: (port, args, kwargs) -> result, every operand passed through the port.
         macs: (output, args, kwargs) -> multiply-accumulates.
         inner: (args, kwargs) -> name -> shape of operands that exist only inside the call.
+        bias: (args, kwargs) -> what is added along the output channels of the (first) product with a weight.
+        fused: a kernel of the same arguments that does all of it in float.
         unsupported: (args, kwargs) -> what about this form is not taken apart, or "".
     """
 
@@ -42,6 +44,7 @@ class Product:
     macs: Callable[..., int]
     inner: Callable[..., dict[str, tuple[int, ...]]] = lambda *args, **kwargs: {}
     unsupported: Callable[..., str] = lambda *args, **kwargs: ""
+    bias: Callable[..., Tensor | None] = lambda *args, **kwargs: None
     fused: Callable[..., Any] | None = None
 
     def plain(self, *args: Any, **kwargs: Any) -> Any:
@@ -88,7 +91,7 @@ def _macs_conv_transpose(out: Tensor, input: Tensor, weight: Tensor, *args: Any,
     return input.numel() * math.prod(weight.shape[1:])
 
 
-def _pair(a: Tensor, b: Tensor, **kwargs: Any) -> dict[str, Tensor]:
+def _pair(a: Tensor, b: Tensor) -> dict[str, Tensor]:
     return {"lhs": a, "rhs": b}
 
 
@@ -96,13 +99,18 @@ def _matmul(input: Tensor, other: Tensor | None = None, **kw: Any) -> dict[str, 
     return _pair(input, other if other is not None else kw["mat2"] if "mat2" in kw else kw["tensor2"])
 
 
-def _run_matmul(port: Port, input: Tensor, other: Tensor | None = None, **kw: Any) -> Tensor:
-    both = _matmul(input, other, **kw)
+def _run_matmul(port: Port, *args: Any, **kw: Any) -> Tensor:
+    both = _matmul(*args, **kw)
     return ATEN.matmul.default(port("lhs", both["lhs"]), port("rhs", both["rhs"]))  # type: ignore[no-any-return]
 
 
-def _macs_matmul(out: Tensor, input: Tensor, other: Tensor | None = None, **kw: Any) -> int:
-    return out.numel() * input.shape[-1]
+def _macs_matmul(out: Tensor, *args: Any, **kw: Any) -> int:
+    return out.numel() * _matmul(*args, **kw)["lhs"].shape[-1]
+
+
+def _with_out(*args: Any, **kwargs: Any) -> str:
+    others = sorted(kwargs.keys() & {"out", "out_dtype"})
+    return f"a product with {others[0]}=" if any(kwargs[k] is not None for k in others) else ""
 
 
 def _rmatmul(self: Tensor, other: Tensor) -> dict[str, Tensor]:
@@ -117,21 +125,24 @@ def _macs_rmatmul(out: Tensor, self: Tensor, other: Tensor) -> int:
     return out.numel() * other.shape[-1]
 
 
-def _add_matmul(input: Tensor, a: Tensor, b: Tensor, **kw: Any) -> dict[str, Tensor]:
-    return _pair(a, b)
+def _add_matmul(input: Tensor, a: Tensor | None = None, b: Tensor | None = None, **kw: Any) -> dict[str, Tensor]:
+    first = a if a is not None else kw["mat1"] if "mat1" in kw else kw["batch1"]
+    return _pair(first, b if b is not None else kw["mat2"] if "mat2" in kw else kw["batch2"])
 
 
 def _run_add_matmul(name: str) -> Callable[..., Tensor]:
     packet = getattr(ATEN, name)
 
-    def run(port: Port, input: Tensor, a: Tensor, b: Tensor, **kw: Any) -> Tensor:
-        return packet(input, port("lhs", a), port("rhs", b), **kw)  # type: ignore[no-any-return]
+    def run(port: Port, input: Tensor, *args: Any, **kw: Any) -> Tensor:
+        both = _add_matmul(input, *args, **kw)
+        scales = {k: kw[k] for k in ("beta", "alpha") if k in kw}
+        return packet(input, port("lhs", both["lhs"]), port("rhs", both["rhs"]), **scales)  # type: ignore[no-any-return]
 
     return run
 
 
-def _macs_add_matmul(out: Tensor, input: Tensor, a: Tensor, b: Tensor, **kw: Any) -> int:
-    return out.numel() * a.shape[-1]
+def _macs_add_matmul(out: Tensor, *args: Any, **kw: Any) -> int:
+    return out.numel() * _add_matmul(*args, **kw)["lhs"].shape[-1]
 
 
 def _einsum_tensors(tensors: tuple[Any, ...]) -> list[Tensor]:
@@ -148,11 +159,26 @@ def _run_einsum(port: Port, equation: str, *tensors: Any) -> Tensor:
     return ATEN.einsum.default(equation, [port("lhs", a), port("rhs", b)])  # type: ignore[no-any-return]
 
 
+def einsum_labels(equation: str, operand: int, ndim: int) -> list[str]:
+    """One label per dimension of an operand, or of the result (operand -1).
+
+    The dimensions of an ellipsis are "0", "1", …, counted from the right.
+    """
+    left, _, right = equation.replace(" ", "").partition("->")
+    if operand < 0 and "->" not in equation:
+        labels = left.replace(",", "").replace(".", "")
+        right = ("..." if "..." in left else "") + "".join(sorted(c for c in labels if labels.count(c) == 1))
+    term = right if operand < 0 else left.split(",")[operand]
+    before, dots, after = term.partition("...")
+    hidden = ndim - len(before) - len(after) if dots else 0
+    return [*before, *(str(n) for n in reversed(range(hidden))), *after]
+
+
 def _macs_einsum(out: Tensor, equation: str, *tensors: Any) -> int:
     sizes: dict[str, int] = {}
-    terms = equation.replace(" ", "").split("->")[0].split(",")
-    for term, tensor in zip(terms, _einsum_tensors(tensors), strict=True):
-        sizes.update(zip(term.replace("...", ""), tensor.shape[-len(term.replace("...", "")) :], strict=False))
+    for number, tensor in enumerate(_einsum_tensors(tensors)):
+        for label, size in zip(einsum_labels(equation, number, tensor.ndim), tensor.shape, strict=True):
+            sizes[label] = max(size, sizes.get(label, 1))
     return math.prod(sizes.values())
 
 
@@ -161,8 +187,17 @@ def _einsum_unsupported(equation: str, *tensors: Any) -> str:
     return "" if count == 2 else f"einsum of {count} operands"
 
 
-LINEAR = Product("linear", _linear, _run_linear, _macs_linear)
-MATMUL = Product("matmul", _matmul, _run_matmul, _macs_matmul)
+def _left(name: str) -> Product:
+    """A function that multiplies matrices and is not taken apart: found, counted, and left in float."""
+    return Product(
+        name, lambda *a, **k: {}, lambda *a, **k: None, lambda *a, **k: 0, unsupported=lambda *a, **k: name
+    )
+
+
+LINEAR = Product(
+    "linear", _linear, _run_linear, _macs_linear, bias=lambda input, weight, bias=None: bias, unsupported=_with_out
+)
+MATMUL = Product("matmul", _matmul, _run_matmul, _macs_matmul, unsupported=_with_out)
 SDPA = Product(
     "sdpa",
     attention.sdpa_operands,
@@ -178,6 +213,7 @@ MHA = Product(
     attention.mha_macs,
     inner=attention.mha_inner,
     unsupported=attention.mha_unsupported,
+    bias=attention.mha_bias,
 )
 
 # Every callable under which a product can reach a mode.
@@ -202,5 +238,14 @@ for _name in ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"):
         "convt", _conv, _run_conv(_name), _macs_conv_transpose
     )
 for _name in ("addmm", "baddbmm"):
-    _product = Product("matmul", _add_matmul, _run_add_matmul(_name), _macs_add_matmul)
+    _product = Product("matmul", _add_matmul, _run_add_matmul(_name), _macs_add_matmul, unsupported=_with_out)
     PRODUCTS[getattr(torch, _name)] = PRODUCTS[getattr(Tensor, _name)] = _product
+for _space, _names in {
+    torch: ("tensordot", "inner", "dot", "vdot", "mv", "addmv", "addbmm", "bilinear", "chain_matmul", "lstm", "gru"),
+    Tensor: ("inner", "dot", "vdot", "mv", "addmv", "addbmm", "addmm_", "baddbmm_", "addmv_", "addbmm_"),
+    torch.linalg: ("multi_dot", "vecdot"),
+    F: ("bilinear", "scaled_mm", "grouped_mm", "scaled_grouped_mm"),
+}.items():
+    for _name in _names:
+        if hasattr(_space, _name):
+            PRODUCTS[getattr(_space, _name)] = _left(_name.rstrip("_"))

@@ -7,6 +7,7 @@ docs/decisions/tracing.md says why this replaces torch.export as the first choic
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode
 
 from vitq.graph.ops import PRODUCTS, Product
 
@@ -26,6 +28,9 @@ METADATA = frozenset(
         *("zeros_like", "ones_like", "full_like", "empty_like", "size", "dim", "numel"),
     }
 )
+# Take the values of their first argument only.
+FIRST_ONLY = frozenset({"type_as", "to", "expand_as", "view_as", "reshape_as"})
+OUTSIDE = "made outside of any module's forward"
 
 
 @dataclass
@@ -40,6 +45,7 @@ class Node:
         ordinal: its number among the products of its kind within this call of the owner.
         operands: operand name -> tensor number, for products.
         inner: name -> shape of operands that exist only inside the call (attention probabilities).
+        bias: tensor number of what a product adds along its output channels, if anything.
         constant: nothing it reads depends on the model's inputs.
     """
 
@@ -54,6 +60,7 @@ class Node:
     ordinal: int = 0
     operands: dict[str, int] = field(default_factory=dict)
     inner: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    bias: int | None = None
     unsupported: str = ""
     macs: int = 0
 
@@ -105,6 +112,7 @@ class _Recorder(TorchFunctionMode):
         self._numbers: dict[int, int] = {}
         self._alive: list[Tensor] = []  # keeps ids from being used again
         self._dynamic: set[int] = set()
+        self._outside: dict[str, int] = {}
         for name, param in model.named_parameters(remove_duplicate=True):
             self.log.params[self.number(param)] = name
         for tensor in _tensors(example):
@@ -125,25 +133,33 @@ class _Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        inputs = tuple(self.number(t) for t in _tensors((args, kwargs)))
-        name = getattr(func, "__name__", str(func))
-        if name in METADATA:
-            inputs = ()
+        name = _name(func)
+        given = _tensors((args, kwargs))
+        read = [] if name in METADATA else given[:1] if name in FIRST_ONLY else given
+        inputs = tuple(self.number(t) for t in read)
         constant = not any(n in self._dynamic for n in inputs)
         node = Node(name, inputs, (), "", constant)
-        if self.stack:
-            node.owner, counts = self.stack[-1]
-            self._note_product(node, counts, func, args, kwargs)
-        out = func(*args, **kwargs)
-        tensors = _tensors(out)
-        if not tensors:
+        self._note_product(node, func, args, kwargs)
+        versions = [_version(t) for t in given]
+        if node.unsupported:
+            with FlopCounterMode(display=False) as counter:
+                out = func(*args, **kwargs)
+            node.macs = int(counter.get_total_flops()) // 2
+        else:
+            out = func(*args, **kwargs)
+        written = [t for t, version in zip(given, versions, strict=True) if _version(t) != version]
+        # A function that gives back its argument untouched (x.contiguous()) made nothing.
+        made = [t for t in _tensors(out) if not any(t is g for g in given) or any(t is w for w in written)]
+        if written:
+            # A tensor written in place, and every view of its memory, is a new value under the same object.
+            made += [t for t in self._sharing(written) if not any(t is m for m in made)]
+        if not made:
             return out
-        # A tensor written in place is a new value under the same object.
-        node.outputs = tuple(self._new_number(t) for t in tensors)
-        if not constant:
-            self._dynamic.update(node.outputs)
         if node.product is not None and not node.unsupported:
             node.macs = node.product.macs(out, *args, **kwargs)
+        node.outputs = tuple(self._new_number(t) for t in made)
+        if not constant:
+            self._dynamic.update(node.outputs)
         node.args = pytree.tree_map(lambda a: None if isinstance(a, Tensor) else a, args)
         node.kwargs = pytree.tree_map(lambda a: None if isinstance(a, Tensor) else a, kwargs)
         self.log.nodes.append(node)
@@ -153,42 +169,79 @@ class _Recorder(TorchFunctionMode):
             self.log.consumers.setdefault(number, []).append(node)
         return out
 
-    def _note_product(self, node: Node, counts: dict[str, int], func: Any, args: Any, kwargs: Any) -> None:
+    def _sharing(self, written: list[Tensor]) -> list[Tensor]:
+        storages = {_storage(t) for t in written}
+        numbered = {id(t): t for t in self._alive}
+        return [t for t in numbered.values() if _storage(t) in storages]
+
+    def _note_product(self, node: Node, func: Any, args: Any, kwargs: Any) -> None:
         product = PRODUCTS.get(func)
         if product is None:
             return
+        node.owner, counts = self.stack[-1] if self.stack else ("", self._outside)
         node.product = product
         node.ordinal = counts.get(product.kind, 0)
         counts[product.kind] = node.ordinal + 1
-        node.unsupported = product.unsupported(*args, **kwargs)
+        node.unsupported = product.unsupported(*args, **kwargs) if self.stack else OUTSIDE
         if not node.unsupported:
             node.operands = {k: self.number(t) for k, t in product.operands(*args, **kwargs).items()}
             node.inner = product.inner(*args, **kwargs)
+            bias = product.bias(*args, **kwargs)
+            node.bias = None if bias is None else self.number(bias)
+
+    def entering(self, name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """A module's forward, which says that it runs."""
+
+        @functools.wraps(forward)
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            if name not in self.log.order:
+                self.log.order.append(name)
+            if not self.stack:
+                # What the caller made of the example (a tensor of an array) is an input as well.
+                fresh = {self.number(t) for t in _tensors((args, kwargs)) if id(t) not in self._numbers}
+                self.log.inputs |= fresh
+                self._dynamic |= fresh
+            self.stack.append((name, {}))
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                self.stack.pop()
+
+        return noted
 
 
 @contextmanager
 def _module_stack(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
-    handles = []
-
-    def entered(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any) -> None:
-            if name not in recorder.log.order:
-                recorder.log.order.append(name)
-            recorder.stack.append((name, {}))
-
-        return hook
-
-    def left(module: nn.Module, args: Any, output: Any) -> None:
-        recorder.stack.pop()
-
-    for name, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(entered(name)))
-        handles.append(module.register_forward_hook(left))
+    # The forward itself is wrapped, not the call: that is what `insert` replaces, so hooks of the user, and a
+    # forward called by its name, count for the same owner here and there.
+    patched: list[tuple[nn.Module, Any]] = []
     try:
+        for name, module in model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue
+            patched.append((module, module.__dict__.get("forward")))
+            module.__dict__["forward"] = recorder.entering(name, module.forward)
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for module, own in patched:
+            if own is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.__dict__["forward"] = own
+
+
+def _name(func: Any) -> str:
+    name = getattr(func, "__name__", str(func))
+    # Attributes (x.T, x.data) arrive as the __get__ of their descriptor.
+    return getattr(func.__self__, "__name__", name) if name == "__get__" else name
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata if tensor.layout == torch.strided else id(tensor)
 
 
 def _tensors(tree: Any) -> list[Tensor]:

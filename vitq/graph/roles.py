@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vitq.core import roles
 from vitq.graph import flow
+from vitq.graph.ops import einsum_labels
 from vitq.graph.record import Node, Record
 
 _SCORE_STEPS = flow.ADDS | flow.MASKS
@@ -23,7 +24,12 @@ def operand_role(record: Record, node: Node, operand: str, tensor: int) -> tuple
     other = next(t for name, t in node.operands.items() if name != operand)
     if other in record.params:
         return _input_role(record, node, tensor)
-    return _matmul_role(record, node, operand, tensor, other), None
+    role = _matmul_role(record, node, operand, tensor, other)
+    if role == roles.OTHER_IN and flow.is_constant(record, tensor):
+        return roles.WEIGHT, None  # computed from parameters: a transposed or normalised one
+    if role == roles.OTHER_IN and flow.is_constant(record, other):
+        return _input_role(record, node, tensor)
+    return role, None
 
 
 def inner_role(operand: str) -> str:
@@ -45,8 +51,12 @@ def _matmul_role(record: Record, node: Node, operand: str, tensor: int, other: i
     dim = _softmax_dim_after(record, node)
     if dim is None:
         return roles.OTHER_IN
-    # Softmax runs over keys: over the last dimension they come from the right operand.
-    keys = "rhs" if dim in (-1, len(record.shapes[node.outputs[0]]) - 1) else "lhs"
+    # Softmax runs over keys: over the last dimension of a matmul they come from the right operand.
+    ndim = len(record.shapes[node.outputs[0]])
+    keys = "rhs" if dim in (-1, ndim - 1) else "lhs"
+    if node.product is not None and node.product.kind == "einsum":
+        label = einsum_labels(node.args[0], -1, ndim)[dim]
+        keys = "rhs" if label in _labels(record, node, "rhs") else "lhs"
     return roles.KEY if operand == keys else roles.QUERY
 
 
@@ -144,17 +154,22 @@ def _activation(record: Record, made_by: list[Node]) -> str | None:
     return None
 
 
-def axes_of(node: Node, operand: str, role: str, ndim: int) -> tuple[str, ...]:
+def axes_of(record: Record, node: Node, operand: str, role: str, ndim: int) -> tuple[str, ...]:
     """What each dimension of an operand is."""
     kind = node.product.kind if node.product else ""
+    if kind == "einsum":
+        return _einsum_axes(record, node, operand, role)
     if role == roles.WEIGHT:
-        kernel = ("kernel",) * (ndim - 2)
-        transposed = kind == "convt" or operand == "rhs"
-        return ("in", "channel", *kernel) if transposed else ("channel", "in", *kernel)
+        return _weight_axes(kind, operand, ndim)
     if kind in ("conv", "convt"):
-        return ("batch", "channel", *("token",) * (ndim - 2))
-    if kind == "linear" or operand.endswith("input"):
+        spatial = int(node.name.removesuffix("d")[-1])  # conv2d, conv_transpose2d
+        return (*("batch",) * (ndim - spatial - 1), "channel", *("token",) * spatial)
+    if kind == "mha":  # works on (tokens, batch, channels)
+        return ("token", "batch", "channel")[:: 1 if ndim == 3 else 2]
+    if kind == "linear":
         return ("batch", *("token",) * (ndim - 2), "channel") if ndim > 1 else ("channel",)
+    if ndim == 1:
+        return ("channel",)
     last = ("token", "token")
     if role != roles.SOFTMAX_OUT:
         # Of the right operand of a score product and the left one of a value product, rows are channels.
@@ -162,3 +177,41 @@ def axes_of(node: Node, operand: str, role: str, ndim: int) -> tuple[str, ...]:
         last = ("channel", "token") if rows_are_channels and operand in ("lhs", "rhs") else ("token", "channel")
     front = ndim - 2
     return ("batch",) * max(front - 1, min(front, 1)) + ("head",) * (front > 1) + last
+
+
+def _weight_axes(kind: str, operand: str, ndim: int) -> tuple[str, ...]:
+    if ndim == 1:
+        return ("in",)
+    transposed = kind == "convt" or operand == "rhs"
+    both = ("in", "channel") if transposed else ("channel", "in")
+    if kind == "matmul":
+        return (*("head",) * (ndim - 2), *both)
+    return (*both, *("kernel",) * (ndim - 2))
+
+
+def _labels(record: Record, node: Node, operand: str) -> list[str]:
+    return einsum_labels(node.args[0], int(operand == "rhs"), len(record.shapes[node.operands[operand]]))
+
+
+def _einsum_axes(record: Record, node: Node, operand: str, role: str) -> tuple[str, ...]:
+    """By label: summed over or not, in both operands or in one."""
+    own = _labels(record, node, operand)
+    other = _labels(record, node, "lhs" if operand == "rhs" else "rhs")
+    out = einsum_labels(node.args[0], -1, len(record.shapes[node.outputs[0]]))
+    constant = any(flow.is_constant(record, t) for t in node.operands.values())
+    # Summed over in attention: channels of queries and keys, tokens of probabilities and values.
+    summed = "token" if role in (roles.SOFTMAX_OUT, roles.VALUE) else "channel"
+    kept = "channel" if role == roles.VALUE else "token"
+    if role == roles.WEIGHT:
+        summed, kept = "in", "channel"
+    axes: list[str] = []
+    for label in own:
+        if label not in out:
+            axes.append(summed)
+        elif label in other:
+            axes.append("head" if role == roles.WEIGHT or "batch" in axes else "batch")
+        elif constant and role != roles.WEIGHT:
+            axes.append("token" if axes else "batch")
+        else:
+            axes.append(kept)
+    return tuple(axes)

@@ -15,7 +15,7 @@ from vitq.core.errors import TraceError
 from vitq.core.site import REASON_CONSTANT, REASON_UNSUPPORTED, Call, Graph, NormLinear, Site
 from vitq.graph import flow
 from vitq.graph.blocks import block_of, find_blocks
-from vitq.graph.record import Node, Record, record
+from vitq.graph.record import OUTSIDE, Node, Record, record
 from vitq.graph.roles import axes_of, inner_role, is_attention, operand_role
 
 
@@ -74,17 +74,18 @@ def build_graph(model: nn.Module, log: Record, examples: int) -> Graph:
 
 def _first_visits(log: Record) -> list[Node]:
     """Products by identity; a module called again (shared heads) keeps its first visit, with all the work."""
-    first: dict[tuple[str, str, int], Node] = {}
+    visits: dict[tuple[str, str, int, bool], list[Node]] = {}
     for node in log.nodes:
-        if node.product is None:
-            continue
-        key = (node.owner, node.product.kind, node.ordinal)
-        if key in first:
-            first[key].macs += node.macs
-            first[key].constant &= node.constant
-        else:
-            first[key] = node
-    return list(first.values())
+        if node.product is not None:
+            key = (node.owner, node.product.kind, node.ordinal, node.unsupported == OUTSIDE)
+            visits.setdefault(key, []).append(node)
+    found = []
+    for nodes in visits.values():
+        first = next((n for n in nodes if not n.constant), nodes[0])
+        first.macs = sum(n.macs for n in nodes)
+        first.unsupported = next((n.unsupported for n in nodes if n.unsupported), "")
+        found.append(first)
+    return found
 
 
 def _call(
@@ -97,7 +98,7 @@ def _call(
 ) -> Call:
     product = node.product
     assert product is not None
-    call_id = f"{node.owner}:{product.kind}{node.ordinal}"
+    call_id = f"{node.owner}:{'outside-' if node.unsupported == OUTSIDE else ''}{product.kind}{node.ordinal}"
     base = Call(call_id, node.owner, product.kind, node.ordinal, node.macs // examples)
     if node.unsupported:
         return _left_float(base, REASON_UNSUPPORTED, node.unsupported)
@@ -106,12 +107,12 @@ def _call(
     ids: list[str] = []
     for operand, tensor in node.operands.items():
         role, producer = operand_role(log, node, operand, tensor)
-        param = log.params.get(tensor)
+        param = _param(log, tensor)
         if param is not None and param in weight_sites:
             ids.append(weight_sites[param])  # tied weights share one site
             continue
         shape = log.shapes[tensor]
-        axes = axes_of(node, operand, role, len(shape))
+        axes = axes_of(log, node, operand, role, len(shape))
         ids.append(_add(sites, base, operand, role, axes, shape, producer, param, blocks))
         if param is not None:
             weight_sites[param] = ids[-1]
@@ -119,7 +120,20 @@ def _call(
         role = inner_role(operand)
         axes = _inner_axes(role, len(shape))
         ids.append(_add(sites, base, operand, role, axes, shape, None, None, blocks))
-    return Call(call_id, node.owner, product.kind, node.ordinal, base.macs, tuple(ids))
+    return replace(base, sites=tuple(ids), operands=(*node.operands, *node.inner))
+
+
+def _param(log: Record, tensor: int) -> str | None:
+    """The parameter that a weight operand is, unless something else than products reads it as well.
+
+    Such a one (an embedding that serves as the classifier) is quantized where it is used, and keeps its values.
+    """
+
+    def multiplies(node: Node) -> bool:
+        return tensor in node.operands.values() and not node.constant
+
+    name = log.params.get(tensor)
+    return name if name is not None and all(map(multiplies, log.consumers.get(tensor, []))) else None
 
 
 def _add(
@@ -163,7 +177,7 @@ def _inner_axes(role: str, ndim: int) -> tuple[str, ...]:
 
 
 def _left_float(call: Call, reason: str, detail: str = "") -> Call:
-    return Call(call.id, call.owner, call.op, call.ordinal, call.macs, (), reason, detail)
+    return replace(call, reason=reason, detail=detail)
 
 
 def _pairs(model: nn.Module, log: Record, products: list[Node], sites: dict[str, Site]) -> list[NormLinear]:
@@ -221,25 +235,19 @@ def _find(sites: dict[str, Site], log: Record, call: str, node: Node, weight: bo
 
 
 def _bias_name(log: Record, node: Node) -> str | None:
-    weight = node.operands["weight"]
-    own = log.params[weight].rpartition(".")[0]
-    candidates = [log.params[n] for n in node.inputs if n in log.params and n != weight]
-    matching = [name for name in candidates if name.rpartition(".")[0] == own and "bias" in name]
-    return matching[0] if matching else None
+    return None if node.bias is None else log.params.get(node.bias)
 
 
 def _bias_foldable(model: nn.Module, log: Record, node: Node) -> bool:
     """Whether a shift of the input can go into the bias: a parameter of its own, or one that can be added."""
     if node.constant or node.product is None:
         return False
-    name = _bias_name(log, node)
-    if name is not None:
-        bias = next(n for n, p in log.params.items() if p == name)
-        return len([n for n in log.consumers.get(bias, []) if n.product is not None]) == 1
+    if node.bias is not None:
+        return node.bias in log.params and len(log.consumers.get(node.bias, [])) == 1
     if node.product.kind == "mha":
         return True
     owner = model.get_submodule(node.owner)
-    return isinstance(owner, nn.Linear) and owner.bias is None and len(set(node.inputs)) == 2
+    return isinstance(owner, nn.Linear) and owner.bias is None
 
 
 def _describe(example: Any) -> str:

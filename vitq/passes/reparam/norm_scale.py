@@ -30,7 +30,7 @@ class FoldNormScaleRewrite(Rewrite):
 
     Args:
         args: norm (module name), weights and biases (parameter names, aligned).
-        tensors: ratio (C,), shift (C,) float64, dead (C,) bool: constant channels, which the shift makes
+        tensors: ratio (C,), shift (C,), dead (C,) bool: constant channels, which the shift makes
             zero and whose share of the output moves into the biases altogether.
     """
 
@@ -124,7 +124,7 @@ class FoldNormScale(Pass):
         qmodel.apply_rewrite(
             FoldNormScaleRewrite(
                 {"norm": pair.norm, "weights": weights, "biases": biases},
-                {"ratio": ratio, "shift": shift, "dead": dead},
+                {"ratio": ratio.float(), "shift": shift.float(), "dead": dead},
             )
         )
         for site in quantized:

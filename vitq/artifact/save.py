@@ -1,0 +1,117 @@
+"""Write an artifact: everything is checked first, and an old one stays until the new one is whole."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitq.artifact import schema
+from vitq.artifact.card import model_card
+from vitq.artifact.schema import CARD, CONFIG, TENSORS
+from vitq.core.errors import ArtifactError
+from vitq.core.files import write_folder
+from vitq.core.qmodel import QuantModel
+from vitq.core.roles import WEIGHT
+from vitq.quantizers.base import Quantizer
+from vitq.quantizers.packing import pack
+
+PACKABLE_BITS = 8
+
+
+def check_destination(path: str | Path, *, force: bool = False) -> None:
+    """Refuse a destination that cannot be written, before any work.
+
+    Raises:
+        ArtifactError: it exists and `force` is not set, or it is not ours to replace, or not writable.
+    """
+    path = Path(path)
+    if path.is_dir() and any(path.iterdir()):
+        if not force:
+            raise ArtifactError(f"{path} exists; choose another folder, or replace it with force=True (--force)")
+        if not (path / CONFIG).is_file() or not (path / TENSORS).is_file():
+            raise ArtifactError(f"{path} is not an artifact, so it is not replaced; choose another folder")
+    elif path.exists() and not path.is_dir():
+        raise ArtifactError(f"{path} is a file; choose a folder")
+    parent = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    probe = parent if parent != path.absolute() else parent.parent
+    if not os.access(probe, os.W_OK | os.X_OK):
+        raise ArtifactError(f"{probe} is not writable; choose another folder")
+
+
+def save(
+    qmodel: QuantModel, path: str | Path, *, force: bool = False, metrics: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Write a frozen model. An old artifact stays as it is until the new one is whole.
+
+    Args:
+        metrics: what was measured, kept in the artifact.
+
+    Returns:
+        `bytes` (of all files), `effective_bits`.
+
+    Raises:
+        ArtifactError: not frozen, a destination that exists without `force`, or a failed write.
+    """
+    path = Path(path)
+    check_destination(path, force=force)
+    if not qmodel.frozen:
+        raise ArtifactError("only a frozen model can be saved; call qmodel.freeze() first")
+    tensors, packed = _tensors(qmodel)
+    written: dict[str, Any] = {}
+
+    def fill(folder: Path) -> None:
+        from safetensors.torch import save_file
+
+        save_file(tensors, folder / TENSORS)
+        config = schema.describe(qmodel, packed, schema.sha256_of(folder / TENSORS), dict(metrics or {}))
+        (folder / CONFIG).write_text(schema.dump(config), encoding="utf-8")
+        (folder / CARD).write_text(model_card(config, (folder / TENSORS).stat().st_size), encoding="utf-8")
+        written["bytes"] = sum(f.stat().st_size for f in folder.iterdir())
+
+    try:
+        write_folder(path, fill)
+    except OSError as error:
+        raise ArtifactError(f"{path} could not be written: {error}; what was there before is unchanged") from error
+    return written | {"effective_bits": qmodel.effective_bits()}
+
+
+def _tensors(qmodel: QuantModel) -> tuple[dict[str, Tensor], dict[str, schema.Packed]]:
+    tensors: dict[str, Tensor] = {}
+    packed: dict[str, schema.Packed] = {}
+    coded: set[int] = set()
+    for site in qmodel.sites():
+        quantizer = qmodel.quantizers[site]
+        assert isinstance(quantizer, Quantizer)
+        for field, value in quantizer.params().items():
+            tensors[f"site/{site.id}/{field}"] = _smallest(value.detach().cpu())
+        weight = qmodel.weight(site)
+        if site.role == WEIGHT and weight is not None and quantizer.bits <= PACKABLE_BITS:
+            codes = quantizer.encode(weight.detach())
+            tensors[f"codes/{site.id}"] = pack(codes, quantizer.bits)
+            packed[site.id] = schema.Packed(param=str(site.param), bits=quantizer.bits, shape=list(weight.shape))
+            coded.add(id(weight))
+    # Tied parameters come under several names; codes serve all of them.
+    params = {n: p for n, p in qmodel.model.named_parameters(remove_duplicate=False) if id(p) in coded}
+    for name, value in qmodel.model.state_dict().items():
+        if name not in params:
+            tensors[f"state/{name}"] = value.detach().cpu().contiguous().clone()
+    for number, rewrite in enumerate(qmodel.rewrites):
+        for name, value in rewrite.tensors.items():
+            tensors[f"rewrite/{number}/{name}"] = value.detach().cpu().contiguous().clone()
+    return tensors, packed
+
+
+def _smallest(value: Tensor) -> Tensor:
+    """Whole numbers in the narrowest integers that hold them; everything else as float32."""
+    if bool((value != value.round()).any()):
+        return value.contiguous().clone()
+    for dtype in (torch.uint8, torch.int16, torch.int32):
+        limits = torch.iinfo(dtype)
+        if value.min() >= limits.min and value.max() <= limits.max:
+            return value.to(dtype).contiguous()
+    return value.contiguous().clone()

@@ -1,0 +1,14 @@
+"""The command line. One file per group of commands; `app.py` holds what they share."""
+
+from __future__ import annotations
+
+from vitq.cli import demo, evaluate, inspect, quantize
+from vitq.cli.app import app
+
+
+def main() -> None:
+    """Entry point of the `vitq` command."""
+    app()
+
+
+__all__ = ["app", "demo", "evaluate", "inspect", "main", "quantize"]

@@ -1,0 +1,112 @@
+"""What every command shares: messages, progress with time left, JSON files, one line per error."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+
+from vitq.core.errors import VitqError
+from vitq.core.files import write_text
+from vitq.core.progress import Task
+
+P = ParamSpec("P")
+R = TypeVar("R")
+INTERRUPTED = 130
+
+
+class Say:
+    """Prints results to standard output and everything else to standard error; quiet prints errors only."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self.out = Console(quiet=quiet, highlight=False, soft_wrap=True)
+        self.err = Console(stderr=True, quiet=quiet, highlight=False)
+
+    def note(self, text: str) -> None:
+        """Something worth knowing that is not the result."""
+        self.err.print(text, style="dim", markup=False)
+
+    def result(self, text: str) -> None:
+        """A line of the result."""
+        self.out.print(text, markup=False)
+
+    def table(self, rows: Sequence[Mapping[str, object]], title: str = "") -> None:
+        """Rows of the same keys as a table."""
+        table = Table(title=title or None, title_justify="left")
+        for key in rows[0] if rows else ():
+            numeric = all(isinstance(row[key], (int, float)) for row in rows)
+            table.add_column(key, justify="right" if numeric else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*(f"{v:.2f}" if isinstance(v, float) else str(v) for v in row.values()))
+        self.out.print(table)
+
+    @contextmanager
+    def task(self, description: str, total: float) -> Iterator[Task]:
+        """Progress with time elapsed and time left."""
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Bars(*columns, console=self.err, disable=self.quiet, transient=True) as bars:
+            number = bars.add_task(description, total=total or None)
+            yield _BarTask(bars, number)
+
+
+class _BarTask:
+    def __init__(self, bars: Bars, number: Any) -> None:
+        self._bars = bars
+        self._number = number
+
+    def advance(self, steps: float = 1) -> None:
+        self._bars.advance(self._number, steps)
+
+
+def command(fn: Callable[P, R]) -> Callable[P, R]:
+    """Turn errors raised on purpose into one line and exit code 2, and Ctrl-C into exit code 130."""
+
+    @wraps(fn)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return fn(*args, **kwargs)
+        except VitqError as error:
+            Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {error}", style="red", markup=False)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            print("interrupted; nothing half-written is left behind", file=sys.stderr)  # noqa: T201
+            raise typer.Exit(INTERRUPTED) from None
+
+    return run
+
+
+def write_json(path: Path | None, data: Mapping[str, Any]) -> None:
+    """Write a result file, if one was asked for.
+
+    Raises:
+        VitqError: it cannot be written.
+    """
+    if path is None:
+        return
+    try:
+        write_text(path, json.dumps(data, indent=1) + "\n")
+    except OSError as error:
+        raise VitqError(f"{path} could not be written: {error}") from error
+
+
+def peak_rss_mb() -> float:
+    """Largest resident memory of this process so far, MiB."""
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)

@@ -1,0 +1,257 @@
+"""vitq evaluate, compare and diagnose: how good a model is, against what, and where the loss comes from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import nn
+
+from vitq.artifact import load
+from vitq.artifact.schema import CONFIG
+from vitq.cli import app as a
+from vitq.cli import work
+from vitq.cli.console import Say, command, write_json
+from vitq.cli.quantize import evaluate as evaluate_both
+from vitq.cli.quantize import find_recipe, parse_options
+from vitq.core.errors import DataError, InputError
+from vitq.core.qmodel import QuantModel
+from vitq.data.images import ImageSet, open_images
+from vitq.data.preprocess import Preprocess
+from vitq.evaluate.classify import ClassifyResult, evaluate_classifier
+from vitq.evaluate.compare import compare as compare_predictions
+from vitq.evaluate.diagnose import diagnose as find_suspects
+from vitq.evaluate.fidelity import fidelity as measure_fidelity
+from vitq.evaluate.predictions import Predictions, read_predictions, write_predictions
+from vitq.pipeline import quantize
+
+Target = Annotated[str, typer.Argument(metavar="DIR|MODEL", help=f"An artifact's folder. Or a model: {a.MODEL_HELP}")]
+
+
+def is_artifact(target: str) -> bool:
+    """Whether a command-line word names an artifact's folder."""
+    return (Path(target) / CONFIG).is_file() or (Path(target).is_dir() and not target.startswith("hf:"))
+
+
+def open_target(
+    target: str, checkpoint: Path | None, device: torch.device, trust_code: bool, say: Say
+) -> tuple[nn.Module, nn.Module | None, Preprocess, int | None]:
+    """The model, its float model where there is one, and its preprocessing and class count."""
+    if not is_artifact(target):
+        loaded = work.open_model(target, checkpoint, device, say)
+        return loaded.model, None, work.need_preprocess(loaded.preprocess, target), loaded.num_classes
+    qmodel = load(target, trust_code=trust_code).to(device)
+    preprocess = Preprocess.from_dict(qmodel.preprocess) if qmodel.preprocess else None
+    float_model = float_of(qmodel, checkpoint, device, say) if checkpoint else None
+    classes = getattr(qmodel.model, "num_classes", None)
+    return qmodel, float_model, work.need_preprocess(preprocess, target), classes if isinstance(classes, int) else None
+
+
+def float_of(qmodel: QuantModel, checkpoint: Path, device: torch.device, say: Say) -> nn.Module:
+    """The float model of an artifact, from its checkpoint.
+
+    Raises:
+        InputError: the artifact does not name its model, or was made from another file.
+    """
+    source = qmodel.source or {}
+    if "spec" not in source:
+        raise InputError("the artifact does not name its model; its float model cannot be built")
+    loaded = work.open_model(str(source["spec"]), checkpoint, device, say)
+    old, new = (s.get("checkpoint") or {} for s in (source, loaded.source))
+    if old.get("sha256") not in (None, new.get("sha256")):
+        raise InputError(f"{checkpoint} is not the file that was quantized ({old.get('file')}): their digests differ")
+    return loaded.model
+
+
+@a.app.command()
+@command
+def evaluate(
+    target: Target,
+    data: Annotated[str, typer.Option(help=f"Labelled images. {a.DATA_HELP}")],
+    checkpoint: a.Checkpoint = None,
+    predictions: Annotated[Path | None, typer.Option(help="Write file,label,predicted to this CSV file.")] = None,
+    fidelity: Annotated[
+        bool, typer.Option("--fidelity", help="Also compare with the float model without labels.")
+    ] = False,
+    device: a.Device = "auto",
+    batch_size: a.BatchSize = 50,
+    skip_bad: a.SkipBad = False,
+    trust_code: a.TrustCode = False,
+    json: a.Json = None,
+    quiet: a.Quiet = False,
+) -> None:
+    """Measure top-1 and top-5 with a bootstrap interval.
+
+    For an artifact, --checkpoint names the float weights it was made from: then both are measured in the same
+    run, and paired.
+
+        vitq evaluate out/ --data val/ --checkpoint deit_tiny.safetensors --predictions out.csv
+
+        vitq evaluate deit_tiny_patch16_224 --checkpoint deit_tiny.safetensors --data val/
+    """
+    say = Say(quiet)
+    where = work.choose_device(device)
+    model, float_model, preprocess, classes = open_target(target, checkpoint, where, trust_code, say)
+    if fidelity and float_model is None:
+        raise InputError("--fidelity compares an artifact with its float model; give DIR and --checkpoint")
+    images = labelled(data, classes)
+    if isinstance(model, QuantModel):
+        images = without_calibration(model, images, data, say)
+    kind = "simulated" if isinstance(model, QuantModel) else "float"
+    result: dict[str, Any] = {"model": target, "kind": kind}
+    batches = images.batches(preprocess, batch_size, skip_bad=skip_bad)
+    if float_model is not None and isinstance(model, QuantModel):
+        pair = evaluate_both(float_model, model, batches, len(images), where, say)
+        result |= pair.to_json()
+        measured: ClassifyResult = pair.quantized
+        if fidelity:
+            unlabelled = (b.images.to(where) for b in images.batches(preprocess, batch_size, skip_bad=skip_bad))
+            result["fidelity"] = measure_fidelity(float_model, model, unlabelled, say).to_json()
+            say.table(sorted(result["fidelity"]["sites"], key=lambda s: s["sqnr"])[:10], title="lowest SQNR, dB")
+    else:
+        measured = run_one(model, batches, len(images), where, say)
+        result |= measured.to_json()
+    low, high = result["top1_interval"]
+    say.result(
+        f"{target} ({kind}): top-1 {result['top1']:.2f} % [{low:.2f}, {high:.2f}], top-5 {result['top5']:.2f} % on "
+        f"{result['images']} images" + (f"; float {result['top1_float']:.2f} %" if "top1_float" in result else "")
+    )
+    if predictions is not None:
+        write_predictions(predictions, measured.predictions)
+    write_json(json, result)
+
+
+@a.app.command()
+@command
+def compare(
+    targets: Annotated[list[str], typer.Argument(metavar="DIR|FILE.csv …", help="Artifacts and prediction files.")],
+    data: Annotated[str | None, typer.Option(help="Labelled images; needed as soon as an artifact is named.")] = None,
+    device: a.Device = "auto",
+    batch_size: a.BatchSize = 50,
+    trust_code: a.TrustCode = False,
+    json: a.Json = None,
+    quiet: a.Quiet = False,
+) -> None:
+    """Pair artifacts and prediction files image by image.
+
+    vitq compare out_a/ out_b/ official.csv --data val/
+    """
+    say = Say(quiet)
+    where = work.choose_device(device)
+    if len(targets) < 2:
+        raise InputError("compare needs at least two artifacts or prediction files")
+    found: dict[str, Predictions] = {}
+    for target in targets:
+        if target in found:
+            raise InputError(f"{target} is named twice")
+        if target.endswith(".csv"):
+            found[target] = read_predictions(Path(target))
+            continue
+        if data is None:
+            raise InputError(f"{target} is an artifact: say on which images with --data")
+        model, _, preprocess, classes = open_target(target, None, where, trust_code, say)
+        images = labelled(data, classes)
+        if isinstance(model, QuantModel):
+            images = without_calibration(model, images, data, say)
+        found[target] = run_one(model, images.batches(preprocess, batch_size), len(images), where, say).predictions
+    comparison = compare_predictions(found)
+    say.table(comparison.rows())
+    say.table(comparison.pair_rows())
+    write_json(json, comparison.to_json())
+
+
+@a.app.command()
+@command
+def diagnose(
+    target: Target,
+    data: Annotated[str, typer.Option(help=f"Images; labels are not needed. {a.DATA_HELP}")],
+    by: Annotated[str, typer.Option(help="What to quantize one at a time: site, role or block.")] = "site",
+    images: Annotated[int, typer.Option(min=1, help="How many images; each group costs one forward of them.")] = 16,
+    checkpoint: a.Checkpoint = None,
+    recipe: a.Recipe = "repq_vit",
+    bits: a.Bits = "w4a4",
+    option: a.Options = None,
+    calib: Annotated[str | None, typer.Option(help="Calibration images, for a MODEL.")] = None,
+    calib_size: a.CalibSize = 32,
+    top: Annotated[int, typer.Option(min=1, help="How many rows to print.")] = 20,
+    seed: a.Seed = 0,
+    device: a.Device = "auto",
+    trust_code: a.TrustCode = False,
+    json: a.Json = None,
+    quiet: a.Quiet = False,
+) -> None:
+    """Quantize one site (or role, or block) at a time and rank them by the KL divergence they cause.
+
+    An artifact needs the float weights it was made from. A model is quantized first.
+
+        vitq diagnose out/ --data photos/ --checkpoint deit_tiny.safetensors --by role
+
+        vitq diagnose deit_tiny_patch16_224 --checkpoint deit_tiny.safetensors --calib photos/ --data photos/
+    """
+    say = Say(quiet)
+    where = work.choose_device(device)
+    if is_artifact(target):
+        if checkpoint is None:
+            raise InputError("an artifact holds no float weights: name the file it was made from with --checkpoint")
+        frozen = load(target, trust_code=trust_code)
+        qmodel = load(target, float_model=float_of(frozen, checkpoint, torch.device("cpu"), say)).to(where)
+        preprocess = Preprocess.from_dict(qmodel.preprocess or {})
+    else:
+        if calib is None:
+            raise InputError("a model is quantized first: name calibration images with --calib")
+        loaded = work.open_model(target, checkpoint, where, say)
+        preprocess = work.need_preprocess(loaded.preprocess, target)
+        batches, _ = work.calibration(calib, calib_size, seed, preprocess, where, False, say)
+        options = parse_options(option or ())
+        qmodel = quantize(
+            loaded.model, find_recipe(recipe), bits, batches, options=options, seed=seed, freeze=False, progress=say
+        )
+    chosen = open_images(data, labels="none").sample(images, seed)
+    inputs = [b.images.to(where) for b in chosen.batches(preprocess, batch_size=16)]
+    suspects = find_suspects(qmodel, inputs, by, say)
+    say.table(
+        [s.to_json() for s in (*suspects[:-1][:top], suspects[-1])], title=f"quantized alone, by {by}; KL in nats"
+    )
+    write_json(json, {"model": target, "by": by, "images": images, "suspects": [s.to_json() for s in suspects]})
+
+
+def labelled(data: str, classes: int | None) -> ImageSet:
+    """Open images that must have labels.
+
+    Raises:
+        DataError: they have none.
+    """
+    images = open_images(data, num_classes=classes)
+    if images.labels is None:
+        raise DataError(f"{data} has no labels; evaluation needs class folders, labels.csv or a label column")
+    return images
+
+
+def without_calibration(qmodel: QuantModel, images: ImageSet, data: str, say: Say) -> ImageSet:
+    """Leave out the images that an artifact was calibrated on.
+
+    Raises:
+        DataError: nothing is left.
+    """
+    seen = set(qmodel.provenance.get("calibration_sha256", ()))
+    kept = [i for i, digest in enumerate(images.digests()) if digest not in seen] if seen else range(len(images))
+    if len(kept) < len(images):
+        say.note(f"{len(images) - len(kept)} images of {data} were calibrated on; they are left out")
+    if not kept:
+        raise DataError(f"{data}: every image was calibrated on; give others")
+    return images.subset(list(kept)) if len(kept) < len(images) else images
+
+
+def run_one(model: nn.Module, batches: Any, count: int, device: torch.device, say: Say) -> ClassifyResult:
+    """One model over images, with progress."""
+    with say.task("evaluating", count) as task:
+        done = 0
+
+        def tell(images: int) -> None:
+            nonlocal done
+            task.advance(images - done)
+            done = images
+
+        return evaluate_classifier(model, batches, on_batch=tell, device=device)

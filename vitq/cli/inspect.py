@@ -1,0 +1,116 @@
+"""vitq recipes and vitq inspect: what there is, and what a model is made of."""
+
+from __future__ import annotations
+
+import copy
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import nn
+
+from vitq.cli import app as a
+from vitq.cli.console import Say, command, write_json
+from vitq.core.errors import InputError
+from vitq.core.recipe import MODIFIERS, RECIPES
+from vitq.core.roles import OTHER_IN
+from vitq.core.site import Graph
+from vitq.data.source import load_model
+from vitq.evaluate.classify import logits_of
+from vitq.graph.trace import trace
+from vitq.pipeline import insert, resolve
+
+TOLERANCE = 1e-4  # of the output's magnitude: attention taken apart rounds differently from a fused kernel
+
+
+@a.app.command()
+@command
+def recipes(json: a.Json = None, quiet: a.Quiet = False) -> None:
+    """List recipes and modifiers, with their papers.
+
+    A modifier is added with a plus: `--recipe repq_vit+gptq`.
+    """
+    rows = []
+    for kind, registry in (("recipe", RECIPES), ("modifier", MODIFIERS)):
+        for name in registry:
+            fn = registry[name]
+            built: Any = fn(4, 4)
+            rows.append({"name": name, "kind": kind, "paper": built.paper, "what": (fn.__doc__ or "").split("\n")[0]})
+    Say(quiet).table(rows)
+    write_json(json, {"recipes": rows})
+
+
+@a.app.command()
+@command
+def inspect(
+    model: a.Model,
+    checkpoint: a.Checkpoint = None,
+    image_size: Annotated[int | None, typer.Option(help="Height and width to trace with.")] = None,
+    json: a.Json = None,
+    quiet: a.Quiet = False,
+) -> None:
+    """Print where a model can be quantized: every site with role, owner, axes, shape and share of the work.
+
+    Weights are not needed. Ends with exit code 1 if a matrix product has neither a role nor a reason to stay
+    in float, or if quantizers that are switched off change the output.
+
+        vitq inspect swin_tiny_patch4_window7_224
+
+        vitq inspect torchvision:vit_b_16 --json sites.json
+    """
+    say = Say(quiet)
+    loaded = load_model(model, checkpoint, pretrained=None if checkpoint else False)
+    size = loaded.preprocess.input_size if loaded.preprocess else (3, 224, 224)
+    shape = (1, size[0], image_size or size[1], image_size or size[2])
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    graph = trace(loaded.model, x)
+    macs = {s: c.macs for c in graph.calls for s in c.sites}
+    total = max(graph.macs, 1)
+    rows = [
+        {
+            "site": s.id,
+            "role": s.role + (f" ({s.producer})" if s.producer else ""),
+            "axes": " ".join(s.axes),
+            "shape": "×".join(map(str, s.shape)),
+            "share %": 100 * macs[s.id] / total,
+        }
+        for s in graph.sites.values()
+    ]
+    say.table(rows, title=f"{model}: {len(rows)} sites, {graph.macs / 1e6:,.0f} million multiply-accumulates")
+    left = [
+        {"call": c.id, "reason": c.reason, "detail": c.detail, "share %": 100 * c.macs / total}
+        for c in graph.calls
+        if c.reason
+    ]
+    if left:
+        say.table(left, title="left in float")
+    quantized = sum(c.macs for c in graph.calls if not c.reason) / total
+    difference = switched_off_difference(loaded.model, graph, x)
+    problems = [c.id for c in graph.calls if not c.sites and not c.reason]
+    problems += [s.id for s in graph.sites.values() if not s.role]
+    others = len(graph.with_roles(OTHER_IN))
+    say.result(
+        f"{100 * quantized:.2f} % of the multiply-accumulates have sites; {len(graph.blocks)} blocks; "
+        f"{len(graph.pairs)} LayerNorms whose channel scales can be folded; {others} sites of no special role; "
+        f"quantizers switched off change the output by {difference:.1e} of its magnitude"
+    )
+    if not graph.has_attention:
+        say.result("no attention was found: the model is quantized all the same, as linears and convolutions")
+    ok = not problems and difference <= TOLERANCE
+    summary = {"model": model, "quantized_share": quantized, "off_difference": difference, "ok": ok, "left": left}
+    write_json(json, summary | {"has_attention": graph.has_attention} | graph.to_json())
+    if not ok:
+        for name in problems:
+            say.err.print(f"neither role nor reason: {name}", style="red", markup=False)
+        raise typer.Exit(1)
+
+
+@torch.no_grad()
+def switched_off_difference(model: nn.Module, graph: Graph, x: torch.Tensor) -> float:
+    """Largest change of the output with every quantizer in place and off, relative to the output's magnitude."""
+    if not graph.sites:
+        raise InputError("nothing to quantize: the model computes no matrix product from its input")
+    before = model(x)
+    after = insert(copy.deepcopy(model), graph, resolve("minmax", "w8a8"))(x)
+    expected, found = (out if isinstance(out, torch.Tensor) else logits_of(out) for out in (before, after))
+    return float((expected - found).abs().max() / expected.abs().max().clamp(min=1e-12))

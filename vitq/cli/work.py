@@ -1,0 +1,132 @@
+"""The steps that commands are made of: models, images and devices by their command-line names."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitq.cli.console import Say
+from vitq.core.batches import Batches, sizes_of
+from vitq.core.errors import DataError, InputError
+from vitq.data.images import ImageSet, open_images, without_overlap
+from vitq.data.preprocess import Preprocess
+from vitq.data.source import LoadedModel, load_model
+
+IN_MEMORY = 512  # calibration images decoded once and kept; beyond, they are decoded again for every go
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one.
+
+    Raises:
+        InputError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def open_model(spec: str, checkpoint: Path | None, device: torch.device, say: Say) -> LoadedModel:
+    """Load a model by name onto a device."""
+    say.note(f"loading {spec}" + (f" with {checkpoint}" if checkpoint else ""))
+    loaded = load_model(spec, checkpoint)
+    loaded.model.to(device).eval()
+    return loaded
+
+
+def need_preprocess(preprocess: Preprocess | None, spec: str) -> Preprocess:
+    """The model's own image preparation.
+
+    Raises:
+        InputError: it is not known.
+    """
+    if preprocess is None:
+        raise InputError(f"how {spec} prepares its images is not known; use vitq.quantize with tensors instead")
+    return preprocess
+
+
+def calibration(
+    data: str, size: int, seed: int, preprocess: Preprocess, device: torch.device, skip_bad: bool, say: Say
+) -> tuple[Batches, ImageSet]:
+    """Sample and decode calibration images; many of them are streamed.
+
+    Raises:
+        DataError: fewer images than asked, or unreadable ones.
+    """
+    if size < 1:
+        raise InputError(f"--calib-size {size}: at least one image is needed")
+    images = open_images(data, labels="none").sample(size, seed)
+    images.check()
+    if size > IN_MEMORY:
+
+        def stream() -> Iterator[Tensor]:
+            for batch in images.batches(preprocess, batch_size=32):
+                yield batch.images.to(device)
+
+        return Batches(stream, sizes_of(size)), images
+    with say.task("decoding calibration images", size) as task:
+        parts = []
+        for batch in images.batches(preprocess, batch_size=32, skip_bad=skip_bad):
+            parts.append(batch.images)
+            task.advance(len(batch.ids))
+    if images.skipped:
+        say.note(f"skipped {len(images.skipped)} unreadable images: {', '.join(images.skipped[:3])}")
+    if not parts:
+        raise DataError(f"{data}: none of the {size} sampled images can be read")
+    return Batches.of(torch.cat(parts).to(device)), images
+
+
+def evaluation(data: str, calib: ImageSet | None, num_classes: int | None, say: Say) -> tuple[ImageSet, list[str]]:
+    """Open labelled images, and leave out what was calibrated on.
+
+    Raises:
+        DataError: no labels, labels beyond the model's classes, or nothing left.
+    """
+    images = open_images(data, num_classes=num_classes)
+    if images.labels is None:
+        raise DataError(f"{data} has no labels; evaluation needs class folders, labels.csv or a label column")
+    left_out: list[str] = []
+    if calib is not None:
+        images, left_out = without_overlap(calib, images)
+        if left_out:
+            say.note(f"{len(left_out)} images of {data} were calibrated on; they are left out of the evaluation")
+    if len(images) == 0:
+        raise DataError(f"{data}: every image was calibrated on; give others")
+    return images, left_out
+
+
+def float_forward_seconds(model: nn.Module, data: Batches) -> float:
+    """Median of five forwards of the stock model over the calibration images in one batch (at most 512)."""
+    batch = torch.cat([x for x, _ in zip(data, range(IN_MEMORY // 32), strict=False)])
+    times = []
+    with torch.inference_mode():
+        model(batch)
+        for _ in range(5):
+            start = time.perf_counter()
+            model(batch)
+            if batch.is_cuda:
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def provenance(images: ImageSet, data: str, seed: int) -> dict[str, Any]:
+    """Which images were calibrated on."""
+    return {
+        "calibration": Path(data).name,
+        "calibration_images": len(images) - len(images.skipped),
+        "seed": seed,
+        "calibration_ids": list(images.ids),
+        "calibration_sha256": images.digests(),
+    }
