@@ -271,11 +271,10 @@ def summarize(rows: list[Row]) -> bool:
             n, flips = sum(r.n for r in chosen), sum(round((1 - (r.codes_equal_share or 0)) * r.n) for r in chosen)
             passed = codes >= CODES and scale <= SCALES and zero <= SCALES * 255
             every &= passed
-            print(
-                f"{_word(passed)}  {title}: {kind}, {len(chosen)} sites: scales differ by at most {scale:.1e} (at least "
-                f"{exact:.1%} equal to the bit), zero-points by {zero:.1e}; codes: {flips} of {n} differ, worst site "
-                f"{codes:.4%} equal; values of equal codes differ by {_worst(chosen, 'value_rel_diff', max):.1e}"
-            )
+            print(f"{_word(passed)}  {title}: {kind}, {len(chosen)} sites")
+            print(f"        scales differ by at most {scale:.1e} (at least {exact:.1%} equal to the bit), ", end="")
+            print(f"zero-points by {zero:.1e}; values of equal codes by {_worst(chosen, 'value_rel_diff', max):.1e}")
+            print(f"        codes: {flips} of {n} differ, worst site {codes:.4%} equal")
     for kind in ("folded gamma", "folded beta", "folded weight", "folded bias"):
         chosen = [r for r in rows if r.stage == "fold" and r.kind == kind]
         largest = _worst(chosen, "value_rel_diff", max)
@@ -314,7 +313,8 @@ def run(official: Official, shared: Path, bits: str, seed: int, count: int) -> l
         raise OfficialError(f"{count} images asked, the calibration list of seed {seed} has {len(files)}")
     images = files.subset(range(count)).tensor(loaded.preprocess)
     widths = Bits.parse(bits)
-    assert widths.weight is not None and widths.act is not None
+    assert widths.weight is not None
+    assert widths.act is not None
 
     print(f"{bits}, seed {seed}, {count} images, {MODEL}")
     parity = start(loaded, bits, images, seed)

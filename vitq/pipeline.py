@@ -70,10 +70,11 @@ def quantize(
     batches = None if data is None else Batches.of(data, forward_fn)
     example = first_example(batches, example)
     graph = trace(model, example, forward_fn)  # 1. where
-    torch.manual_seed(seed)
     qmodel = insert(copy.deepcopy(model), graph, plan)  # 2. which numbers
     qmodel.example = describe_example(example)
-    run_passes(qmodel, batches, progress or Silent())  # 3. how
+    with torch.random.fork_rng():  # the caller's random numbers are not touched
+        torch.manual_seed(seed)
+        run_passes(qmodel, batches, progress or Silent())  # 3. how
     return qmodel.freeze() if freeze else qmodel  # 4. codes and scales
 
 

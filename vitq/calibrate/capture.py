@@ -210,7 +210,9 @@ class _Stages:
 
 
 def _call(block: nn.Module, item: tuple[Any, Any]) -> Any:
-    return block(*item[0], **item[1])
+    # A copy, because a block may change its input in place (x += ...) and runs many times on it.
+    args, kwargs = pytree.tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, item)
+    return block(*args, **kwargs)
 
 
 def _follows(before: tuple[Any, Any, Any] | None, after: tuple[Any, Any, Any] | None) -> bool:

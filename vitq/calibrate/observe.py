@@ -47,11 +47,11 @@ class Statistics:
     def quantile(self, probability: float) -> Tensor:
         """(G,) quantile as torch.quantile defines it, linear between neighbours, for tails or kept values.
 
-        Up to 2**24 values the rank is computed in float32, as torch.quantile does, and beyond in float64, as
-        numpy does; so results equal theirs to the bit.
+        Up to 2**24 values the probability is rounded to float32, as torch.quantile does, and beyond it is
+        float64, as in numpy; the rank is float64. So results equal torch's to the bit (tested against 2.15).
         """
-        dtype = torch.float32 if self.count < 2**24 else torch.float64
-        rank = torch.tensor(probability, dtype=dtype) * (self.count - 1)
+        dtype = torch.float32 if self.count <= 2**24 else torch.float64
+        rank = torch.tensor(probability, dtype=dtype).to(torch.float64) * (self.count - 1)
         below, above = int(rank), int(rank.ceil())
         values = torch.stack([self._ordered(below), self._ordered(above)])
         weight = (rank - below).to(torch.float32)
@@ -111,7 +111,7 @@ class Sketch:
             self._low, self._high = torch.minimum(self._low, low), torch.maximum(self._high, high)
         self._count += x.shape[1]
         if self._share >= 1.0:
-            self._bodies.append(x.clone() if self.images is not None else x)
+            self._bodies.append(x.clone())  # the model may go on to change it in place
             return
         body, top, bottom = self._split(x)
         self._bodies.append(body)
@@ -161,9 +161,10 @@ class Sketch:
             return Statistics(self._count, self._low, self._high, none, none, body.sort(dim=1).values, ones, True)
         self._merge()
         top, bottom = self._tops[0], self._bottoms[0]
-        inside = body < top[:, -1:]
+        # Values equal to the end of a tail belong to the body: many may be (the zeros of a ReLU).
+        inside = body <= top[:, -1:]
         if bottom.shape[1]:
-            inside &= body > bottom[:, -1:]
+            inside &= body >= bottom[:, -1:]
         rest = self._count - top.shape[1] - bottom.shape[1]
         weight = rest / inside.sum(1).clamp(min=1)
         body = torch.where(inside, body, math.nan)

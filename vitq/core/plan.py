@@ -71,12 +71,20 @@ class Plan:
 
         Raises:
             SiteNotFoundError: an exclusion, override or scope matches nothing.
-            InputError: nothing is left to quantize.
+            InputError: nothing is left to quantize, or an override has no width for what it names.
         """
         known = set(graph.sites)
         for pattern in (*self.exclude, *(o.pattern for o in self.overrides)):
             if not any(matches(pattern, s) for s in graph.sites.values()):
                 raise _not_found(pattern, graph)
+        for override in self.overrides:
+            widths = (_override_width(override, graph, c, graph.sites[s]) for c in graph.calls for s in c.sites)
+            if all(width is None for width in widths):
+                raise InputError(
+                    f"override '{override}' changes nothing: {override.pattern!r} names only "
+                    f"{'activations whose calls have no weight' if override.bits.act is None else 'weights'}; "
+                    f"write for example {override.pattern}:w8a8"
+                )
         for module in self.scope:
             if not any(_below(s.owner, module) for s in graph.sites.values()):
                 raise SiteNotFoundError(f"scope {module!r} holds no matrix product; see `vitq inspect` for the modules")

@@ -236,7 +236,9 @@ def resolve_recipe(spec: str | Recipe | RecipeFn, bits: Bits, options: Mapping[s
     for extra in extras:
         if extra in RECIPES:
             raise CompositionError(f"{extra!r} is a recipe, not a modifier; one quantization has one recipe")
-    built = compose(built, [MODIFIERS[extra](bits.weight, bits.act) for extra in extras])
+    built = compose(built, [MODIFIERS[extra](*_widths(bits)) for extra in extras])
+    if not isinstance(spec, Recipe):
+        built = built.without_float_sides(bits)
     check_order(built)
     return built
 
@@ -247,12 +249,16 @@ def _call(fn: RecipeFn, bits: Bits, options: Mapping[str, Scalar] | None) -> Rec
     except TypeError as error:
         name = getattr(fn, "__name__", str(fn))
         raise InputError(f"recipe {name!r}: {error}; it is {name}{inspect.signature(fn)}") from None
-    # A side in float has no formats; the recipe is built at a width that exists, and its rules are dropped.
-    weight, act = (8 if width is None or width > 8 else width for width in (bits.weight, bits.act))
-    built = fn(weight, act, **(options or {}))
+    built = fn(*_widths(bits), **(options or {}))
     if not isinstance(built, Recipe):
         raise InputError(f"{getattr(fn, '__name__', fn)} returned {type(built).__name__}, not a Recipe")
-    return built.without_float_sides(bits)
+    return built
+
+
+def _widths(bits: Bits) -> tuple[int, int]:
+    # A side in float has no formats; recipes are built at a width that exists, and the rules are overruled.
+    weight, act = (8 if width is None or width > 8 else width for width in (bits.weight, bits.act))
+    return weight, act
 
 
 def compose(base: Recipe, modifiers: Sequence[Modifier]) -> Recipe:

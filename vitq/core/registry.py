@@ -36,7 +36,7 @@ class Registry(Generic[T]):
 
         def add(item: T) -> T:
             old = self._items.get(name)
-            if old is not None and getattr(old, "__qualname__", old) != getattr(item, "__qualname__", item):
+            if old is not None and _origin(old) != _origin(item):
                 raise InputError(f"two {self.kind}s are called {name!r}: {old!r} and {item!r}; rename one")
             self._items[name] = item
             return item
@@ -65,6 +65,17 @@ class Registry(Generic[T]):
         if self._scanned:
             return
         self._scanned = True
-        folder = importlib.import_module(self.package)
-        for module in pkgutil.walk_packages(folder.__path__, prefix=f"{self.package}."):
-            importlib.import_module(module.name)
+        try:
+            folder = importlib.import_module(self.package)
+            for module in pkgutil.walk_packages(folder.__path__, prefix=f"{self.package}."):
+                importlib.import_module(module.name)
+        except BaseException:
+            self._scanned = False  # the next look-up must not find half of the folder, in silence
+            raise
+
+
+def _origin(item: object) -> tuple[object, ...]:
+    """Where something was defined: the same for a file that is imported again, under whatever module name."""
+    code = getattr(item, "__code__", None)
+    file = code.co_filename if code is not None else getattr(item, "__module__", None)
+    return file, getattr(item, "__qualname__", item)

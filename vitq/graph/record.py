@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import FlopCounterMode
 
 from vitq.graph.ops import PRODUCTS, Product
 
@@ -138,10 +137,12 @@ class _Recorder(TorchFunctionMode):
         read = [] if name in METADATA else given[:1] if name in FIRST_ONLY else given
         inputs = tuple(self.number(t) for t in read)
         constant = not any(n in self._dynamic for n in inputs)
-        node = Node(name, inputs, (), "", constant)
+        node = Node(name, inputs, (), self.stack[-1][0] if self.stack else "", constant)
         self._note_product(node, func, args, kwargs)
         versions = [_version(t) for t in given]
         if node.unsupported:
+            from torch.utils.flop_counter import FlopCounterMode  # slow to import
+
             with FlopCounterMode(display=False) as counter:
                 out = func(*args, **kwargs)
             node.macs = int(counter.get_total_flops()) // 2
@@ -178,7 +179,7 @@ class _Recorder(TorchFunctionMode):
         product = PRODUCTS.get(func)
         if product is None:
             return
-        node.owner, counts = self.stack[-1] if self.stack else ("", self._outside)
+        counts = self.stack[-1][1] if self.stack else self._outside
         node.product = product
         node.ordinal = counts.get(product.kind, 0)
         counts[product.kind] = node.ordinal + 1

@@ -7,6 +7,7 @@ from vitq.graph import flow
 from vitq.graph.ops import einsum_labels
 from vitq.graph.record import Node, Record
 
+_AFFINE = frozenset({"batch_norm"})
 _SCORE_STEPS = flow.ADDS | flow.MASKS
 
 
@@ -97,10 +98,10 @@ def _input_role(record: Record, node: Node, tensor: int) -> tuple[str, str | Non
         return roles.FC2_IN, activation
     if convolution:
         return roles.CONV_IN, None
-    ends = [end for end, _ in flow.ends(record, out)]
+    ends = [end for end, _ in flow.ends(record, out, extra=_AFFINE)]
     if any(_feeds_attention(record, end) for end in ends):
         return roles.QKV_IN, None
-    if any(_is_activation(end) for end in ends):
+    if any(_is_activation(end) or _gates_itself(record, end) for end in ends):
         return roles.FC1_IN, None
     if flow.reaches_output_alone(record, out):
         return roles.HEAD_IN, None
@@ -142,10 +143,22 @@ def _is_activation(node: Node) -> bool:
     return node.name in flow.ACTIVATIONS
 
 
+def _gates_itself(record: Record, node: Node) -> bool:
+    """Whether a product of elements is x * sigmoid(a x)."""
+    if node.name not in flow.SCALES:
+        return False
+    gates = [n for t in node.inputs for n in flow.sources(record, t) if n.name == "sigmoid"]
+    behind = [made for gate in gates for made in flow.sources(record, gate.inputs[0])]
+    beside = [made for t in node.inputs for made in flow.sources(record, t) if made not in gates]
+    return bool(behind) and behind == beside
+
+
 def _activation(record: Record, made_by: list[Node]) -> str | None:
     for node in made_by:
         if _is_activation(node):
             return flow.ACTIVATIONS[node.name]
+        if _gates_itself(record, node):
+            return "quick_gelu"
         if node.name in flow.SCALES:  # a gate: silu(a) * b
             for tensor in node.inputs:
                 gate = [n for n in flow.sources(record, tensor) if _is_activation(n)]

@@ -84,6 +84,8 @@ def _first_visits(log: Record) -> list[Node]:
         first = next((n for n in nodes if not n.constant), nodes[0])
         first.macs = sum(n.macs for n in nodes)
         first.unsupported = next((n.unsupported for n in nodes if n.unsupported), "")
+        for node in nodes:
+            node.constant = first.constant
         found.append(first)
     return found
 

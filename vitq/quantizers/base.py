@@ -119,6 +119,7 @@ class Quantizer(nn.Module):
     """
 
     fields: tuple[str, ...] = ("scale",)
+    learned: tuple[str, ...] = ("scale",)  # fields that `learn` trains; a zero-point stays a whole number
     exportable = True  # False for a paper's own arithmetic that does not fit 2**bits codes
     descending = False  # True if a larger code means a smaller value
     one_sided = False  # True if the range starts at zero
@@ -206,7 +207,7 @@ class Quantizer(nn.Module):
     def learn(self) -> None:
         """Make the scales parameters, to be trained."""
         self._require_fitted()
-        for name in self.fields:
+        for name in self.learned:
             value = getattr(self, name)
             if not isinstance(value, nn.Parameter):
                 delattr(self, name)

@@ -31,11 +31,14 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         uint8 tensor of `packed_size(codes.numel(), bits)` elements.
 
     Raises:
-        InputError: a code is out of range or not whole.
+        InputError: a code is out of range or not whole, or codes are wider than a byte.
     """
+    _check_bits(bits)
     flat = codes.detach().cpu().reshape(-1)
-    if flat.numel() and (flat.min() < 0 or flat.max() >= 2**bits or bool((flat != flat.to(torch.int64)).any())):
-        raise InputError(f"codes must be whole numbers in [0, {2**bits}); got {flat.min()} to {flat.max()}")
+    # Compared as Python numbers: against a uint8 tensor 2**8 would wrap to 0.
+    low, high = (flat.min().item(), flat.max().item()) if flat.numel() else (0, 0)
+    if not (low >= 0 and high < 2**bits) or bool((flat != flat.to(torch.int64)).any()):
+        raise InputError(f"codes must be whole numbers in [0, {2**bits}); got {low} to {high}")
     array = flat.to(torch.uint8).numpy()
     if bits == 8:
         return torch.from_numpy(array.copy())
@@ -50,8 +53,9 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
         uint8 tensor of `count` codes.
 
     Raises:
-        InputError: the number of bytes does not match.
+        InputError: the number of bytes does not match, or codes are wider than a byte.
     """
+    _check_bits(bits)
     if packed.dtype != torch.uint8 or packed.numel() != packed_size(count, bits):
         raise InputError(
             f"{count} codes of {bits} bits take {packed_size(count, bits)} bytes; got {packed.numel()} ({packed.dtype})"
@@ -61,3 +65,8 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
         return torch.from_numpy(array.copy())
     planes = np.unpackbits(array, count=count * bits, bitorder="little").reshape(count, bits)
     return torch.from_numpy(np.packbits(planes, axis=1, bitorder="little")[:, 0])
+
+
+def _check_bits(bits: int) -> None:
+    if not 1 <= bits <= 8:
+        raise InputError(f"codes of {bits} bits cannot be packed; packing takes 1 to 8 bits")

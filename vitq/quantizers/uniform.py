@@ -19,6 +19,9 @@ from vitq.quantizers.registry import QUANTIZERS
 
 # A range this small beside its own magnitude is a constant: its step would be float noise.
 DEAD_RANGE = 1e-6
+FINEST_STEP = 2.0**-22  # … and with more codes that is so earlier: beyond 2**22 steps from zero, rounding goes wrong
+SMALLEST = 1e-30  # a range below it is zero
+LARGEST = torch.finfo(torch.float32).max / 2  # so that high - low is finite
 NEUTRAL_MAGNITUDE = 1e-5
 
 
@@ -34,8 +37,9 @@ class UniformQuantizer(Quantizer):
         fractional_zero_point: keep a zero-point that is not whole, as the official RepQ-ViT code does after
             averaging channels (parity mode). Such a format has no integer form: export refuses it.
 
-    A group whose values are all one constant c gets the neutral step max(|c|, 1e-5) / (2**bits - 1) and zero
-    at the end of the range that makes c exact: neither 0/0 nor a huge zero-point. `is_dead` names them.
+    A group whose values are all one constant c (to float precision) gets the neutral step
+    max(|c|, 1e-5) / (2**bits - 1) and zero at the end of the range that makes c exact: neither 0/0 nor a huge
+    zero-point. `is_dead` names them.
     """
 
     fields = ("scale", "zero_point")
@@ -64,12 +68,13 @@ class UniformQuantizer(Quantizer):
     def range_to_params(self, low: Tensor, high: Tensor) -> Params:
         """Step and zero-point of [low, high]; a constant range gets a neutral step."""
         top = 2**self.bits - 1
+        low, high = low.clamp(-LARGEST, LARGEST), high.clamp(-LARGEST, LARGEST)
+        magnitude = torch.maximum(low.abs(), high.abs())
         if self.symmetric:
-            magnitude = torch.maximum(low.abs(), high.abs())
-            scale = magnitude.clamp(min=NEUTRAL_MAGNITUDE) / (2 ** (self.bits - 1) - 0.5)
+            scale = torch.where(magnitude < SMALLEST, NEUTRAL_MAGNITUDE, magnitude) / (2 ** (self.bits - 1) - 0.5)
             return {"scale": scale, "zero_point": torch.full_like(scale, 2.0 ** (self.bits - 1))}
-        dead = is_dead(low, high)
-        neutral = torch.maximum(low.abs(), torch.full_like(low, NEUTRAL_MAGNITUDE)) / top
+        dead = is_dead(low, high, self.bits)
+        neutral = magnitude.clamp(min=NEUTRAL_MAGNITUDE) / top
         scale = torch.where(dead, neutral, (high - low) / top)
         zero_point = torch.where(dead, torch.where(low < 0, float(top), 0.0), (-low / scale).round())
         return {"scale": scale, "zero_point": zero_point}
@@ -100,6 +105,9 @@ class UniformQuantizer(Quantizer):
         return y.mul_(scale)
 
 
-def is_dead(low: Tensor, high: Tensor) -> Tensor:
-    """Which ranges hold one constant only (a LayerNorm channel with gamma 0)."""
-    return (high - low) <= DEAD_RANGE * torch.maximum(low.abs(), high.abs())
+def is_dead(low: Tensor, high: Tensor, bits: int) -> Tensor:
+    """Which ranges hold one constant only (a LayerNorm channel with gamma 0), or less than float32 can resolve."""
+    share = max(DEAD_RANGE, FINEST_STEP * (2**bits - 1))
+    magnitude = torch.maximum(low.abs(), high.abs())
+    noise = (magnitude * share).clamp(min=SMALLEST)
+    return torch.le(high - low, noise)

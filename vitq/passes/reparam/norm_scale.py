@@ -19,7 +19,7 @@ from vitq.core.qmodel import QuantModel
 from vitq.core.recipe import ACT_SCALES, PASSES, WEIGHT_SCALES, Pass
 from vitq.core.rewrite import REWRITES, Rewrite
 from vitq.core.site import NormLinear
-from vitq.quantizers.base import Layout
+from vitq.quantizers.base import Layout, Quantizer
 from vitq.quantizers.uniform import UniformQuantizer
 
 
@@ -78,6 +78,9 @@ class FoldNormScale(Pass):
     range, as an integer kernel needs; any whole one gives the same codes, because the shift takes up the
     difference. Channels that are constant after the norm (gamma 0) have no scale of their own: they are left
     out of the mean, and their share moves into the bias.
+
+    Where the linears behind one norm have different formats (a wider key, by an override), one transform cannot
+    suit all: that of the narrowest is taken, and the others are fitted again, per tensor, by the next fit.
     """
 
     name = "fold_norm_scale"
@@ -105,10 +108,11 @@ class FoldNormScale(Pass):
 
     @torch.no_grad()
     def _fold(self, qmodel: QuantModel, pair: NormLinear, quantized: list[str]) -> None:
-        first = qmodel.quantizers[quantized[0]]
+        narrowest = min(quantized, key=lambda site: qmodel.formats[site].bits)
+        first = qmodel.quantizers[narrowest]
         if not isinstance(first, UniformQuantizer):
             raise CompositionError(
-                f"{quantized[0]}: only uniform channel scales can be folded, not {type(first).__name__}"
+                f"{narrowest}: only uniform channel scales can be folded, not {type(first).__name__}"
             )
         scale, zero_point = first.scale.reshape(-1), first.zero_point.reshape(-1)
         gamma = _parameter(qmodel.model.get_submodule(pair.norm), "weight")
@@ -127,8 +131,12 @@ class FoldNormScale(Pass):
                 {"ratio": ratio.float(), "shift": shift.float(), "dead": dead},
             )
         )
-        for site in quantized:
+        same = [site for site in quantized if qmodel.formats[site] == qmodel.formats[narrowest]]
+        for site in same:
             self._merge(qmodel, site, one_scale, one_zero)
+        for site in pair.inputs:
+            if site in qmodel.quantizers and site not in same:
+                self._refit(qmodel, site)
         for site in pair.weights:
             if site in qmodel.quantizers:
                 qmodel.quantizers[site].unfit()
@@ -141,6 +149,16 @@ class FoldNormScale(Pass):
         if self.parity:
             return middle(live), middle(zeros)
         return middle(live), middle(zeros).round().clamp(0, 2**bits - 1)
+
+    def _refit(self, qmodel: QuantModel, site: str) -> None:
+        """The values at this site have changed in a way that its scales do not follow."""
+        quantizer, old = qmodel.quantizers[site], qmodel.formats[site]
+        quantizer.unfit()
+        quantizer.state = "off"
+        if old.per == "channel":
+            assert isinstance(quantizer, Quantizer)
+            quantizer.relayout(Layout())
+            qmodel.formats[site] = Format(old.kind, old.bits, "tensor", old.options)
 
     def _merge(self, qmodel: QuantModel, site: str, scale: Tensor, zero_point: Tensor) -> None:
         quantizer = qmodel.quantizers[site]
