@@ -50,7 +50,7 @@ class Official:
         sys.path.insert(0, str(path.resolve()))
         try:
             self.script = importlib.import_module("test_quant")
-            self.building = importlib.import_module("utils.build_model")
+            self.building: Any = importlib.import_module("utils.build_model")
             quantizer = importlib.import_module("quant.quantizer")
         except ImportError as error:
             raise OfficialError(f"the official code in {path} cannot be imported: {error}") from error

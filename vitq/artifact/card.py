@@ -12,6 +12,7 @@ def model_card(config: ArtifactConfig, tensor_bytes: int) -> str:
     source = config.source or {}
     recipe = config.plan["recipe"]
     named = source.get("name") or source.get("spec")
+    by_name = source.get("kind") in ("timm", "hf", "torchvision", "zoo")
     lines = [
         f"# {named or 'Vision Transformer'}, {recipe['name']}, {config.plan['bits']}",
         "",
@@ -27,7 +28,7 @@ def model_card(config: ArtifactConfig, tensor_bytes: int) -> str:
         "```python",
         "import vitq",
         "",
-        'qmodel = vitq.load("path/to/this/folder")' if named else 'qmodel = vitq.load("folder", model=architecture)',
+        f'qmodel = vitq.load("path/to/this/folder"{"" if by_name else ", model=architecture"})',
         "```",
         "",
         "## Calibration",

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from vitq.artifact import schema
 from vitq.artifact.schema import CONFIG, TENSORS
 from vitq.core.batches import ForwardFn, default_forward, example_from
-from vitq.core.errors import ArtifactError, VitqError
+from vitq.core.errors import ArtifactError, MissingExtraError
 from vitq.core.format import Format
 from vitq.core.plan import Plan
 from vitq.core.qmodel import QuantModel
@@ -22,6 +23,8 @@ from vitq.graph.trace import trace
 from vitq.pipeline import insert
 from vitq.quantizers.base import Quantizer
 from vitq.quantizers.packing import unpack
+
+SAME_CODES = 0.01  # of a weight's codes may differ between machines, when a float model is quantized again
 
 
 def load(
@@ -47,18 +50,21 @@ def load(
         ArtifactError: missing, truncated or changed files, a newer schema, or a model that does not fit.
     """
     path = Path(path)
+    if isinstance(model, QuantModel) or isinstance(float_model, QuantModel):
+        raise ArtifactError("the model given is quantized already; give the float architecture")
     config = schema.read(path / CONFIG)
-    tensors = _read_tensors(path / TENSORS, config.tensors_sha256)
+    tensors = _read_tensors(path / TENSORS, config)
     target = float_model if float_model is not None else model
-    if target is None:
-        if config.source is None:
-            raise ArtifactError(f"{path} does not name its model; give the architecture as model=")
-        target = build_model(config.source, trust_code=trust_code)
+    if target is None and config.source is None:
+        raise ArtifactError(f"{path} does not name its model; give the architecture as model=")
     try:
-        return _assemble(config, tensors, target.eval(), forward_fn, dict(rename or {}), float_model is not None)
-    except ArtifactError:
+        if target is None:
+            target = build_model(config.source or {}, trust_code=trust_code)
+        names = schema.Renaming(dict(rename or {}))
+        return _assemble(config, tensors, target.eval(), forward_fn, names, float_model is not None)
+    except (ArtifactError, MissingExtraError):
         raise
-    except (VitqError, KeyError, ValueError, RuntimeError, AttributeError, TypeError) as error:
+    except Exception as error:  # every damage that digests do not show ends up here, in whatever code met it
         raise ArtifactError(f"{path} does not fit together: {type(error).__name__}: {error}") from error
 
 
@@ -67,91 +73,171 @@ def _assemble(
     tensors: dict[str, Tensor],
     model: nn.Module,
     forward_fn: ForwardFn,
-    rename: dict[str, str],
+    names: schema.Renaming,
     keep_float: bool,
 ) -> QuantModel:
-    graph = trace(model, example_from(config.example), forward_fn)
-    names = schema.Renaming(rename)
+    parts = _Parts(tensors)
+    state = {names.module(k): v for k, v in parts.below("state/").items()}
+    if not keep_float:
+        _cast(model, state, config, names)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    example = pytree.tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, example_from(config.example))
+    graph = trace(model, example, forward_fn)
     _check_graph({names.site(s): names.line(line) for s, line in config.graph.items()}, graph)
     formats = {names.site(s): Format.from_json(f) for s, f in config.formats.items()}
     qmodel = insert(model, graph, Plan.from_json(config.plan), formats)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     for number, entry in enumerate(config.rewrites):
-        prefix = f"rewrite/{number}/"
-        values = {k.removeprefix(prefix): v.to(device) for k, v in tensors.items() if k.startswith(prefix)}
+        values = {k: v.to(device) for k, v in parts.below(f"rewrite/{number}/").items()}
         rewrite = REWRITES[entry.name](names.arguments(entry.args), values)
         rewrite.prepare(model)
         if keep_float:
             rewrite.apply(model)
         qmodel.rewrites.append(rewrite)
-    if not keep_float:
-        _load_state(
-            model,
-            {names.module(k.removeprefix("state/")): v for k, v in tensors.items() if k.startswith("state/")},
-            config,
-            names,
-        )
+    stored = {site.id: names.back(site.id) for site in qmodel.sites()}
+    _check_state(model, state, config, names, set(stored.values()))
     for site in qmodel.sites():
         quantizer = qmodel.quantizers[site]
         assert isinstance(quantizer, Quantizer)
-        stored = names.back(site.id)
-        quantizer.set_params({f: tensors[f"site/{stored}/{f}"].float() for f in quantizer.fields})
+        quantizer.set_params({f: parts.take(f"site/{stored[site.id]}/{f}").float() for f in quantizer.fields})
         quantizer.state = "on"
-        if not keep_float and stored in config.packed:
-            _unpack_weight(qmodel, site, quantizer, tensors[f"codes/{stored}"], config.packed[stored])
-        elif not keep_float and qmodel.weight(site) is not None:
-            quantizer.baked = True
-    qmodel.source, qmodel.preprocess = config.source, config.preprocess
+    if keep_float:
+        _check_same_model(qmodel, state, config, names, parts)
+    else:
+        with torch.no_grad():
+            model.load_state_dict(state, strict=False)
+        for site in qmodel.sites():
+            if stored[site.id] in config.packed:
+                _weight(qmodel, site).data = _decoded(qmodel, site, stored[site.id], config, names, parts)
+            qmodel.quantizers[site].baked = qmodel.weight(site) is not None
+    parts.finish()
+    qmodel.example, qmodel.source, qmodel.preprocess = config.example, config.source, config.preprocess
     qmodel.provenance, qmodel.log = config.provenance, config.log
     qmodel.frozen = not keep_float
     return qmodel
 
 
-def _read_tensors(path: Path, sha256: str) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+class _Parts:
+    """The tensors of the file, of which none may be missing and none left over."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self._tensors = tensors
+        self._taken: set[str] = set()
+
+    def take(self, name: str) -> Tensor:
+        if name not in self._tensors:
+            raise ArtifactError(f"{TENSORS} lacks {name!r}; the artifact is damaged")
+        self._taken.add(name)
+        return self._tensors[name]
+
+    def below(self, prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): self.take(name) for name in self._tensors if name.startswith(prefix)}
+
+    def finish(self) -> None:
+        left = sorted(set(self._tensors) - self._taken)
+        if left:
+            raise ArtifactError(f"{TENSORS} holds {len(left)} tensors that nothing uses: {', '.join(left[:5])}")
+
+
+def _read_tensors(path: Path, config: schema.ArtifactConfig) -> dict[str, Tensor]:
+    from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
         raise ArtifactError(f"{path} is missing; the artifact is not whole")
-    if schema.sha256_of(path) != sha256:
-        raise ArtifactError(
-            f"{path} is damaged: its digest is not the one in {CONFIG}; save or copy the artifact again"
-        )
     try:
-        return dict(load_file(path))
-    except (SafetensorError, OSError, ValueError) as error:
+        if schema.sha256_of(path) != config.tensors_sha256:
+            raise ArtifactError(
+                f"{path} is damaged: its digest is not the one in {CONFIG}; save or copy the artifact again"
+            )
+        with safe_open(path, framework="pt") as file:
+            bound = (file.metadata() or {}).get(schema.BOUND)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise ArtifactError(f"{path} cannot be read: {error}") from error
+    if bound != schema.binding(config):
+        raise ArtifactError(
+            f"{path} belongs to another {CONFIG}: plan, formats, graph or model differ; save or copy the artifact again"
+        )
+    return tensors
 
 
-def _load_state(
-    model: nn.Module, state: dict[str, Tensor], config: schema.ArtifactConfig, names: schema.Renaming
+def _cast(model: nn.Module, state: dict[str, Tensor], config: schema.ArtifactConfig, names: schema.Renaming) -> None:
+    """Give parameters and buffers the types that they were saved in (an architecture is built in float32)."""
+    own = model.state_dict(keep_vars=True)
+    types = {name: value.dtype for name, value in state.items()}
+    types |= {names.module(p.param): getattr(torch, p.dtype) for p in config.packed.values()}
+    for name, dtype in types.items():
+        if name in own:  # what a rewrite adds is not there yet
+            own[name].data = own[name].data.to(dtype)
+
+
+def _check_state(
+    model: nn.Module,
+    state: dict[str, Tensor],
+    config: schema.ArtifactConfig,
+    names: schema.Renaming,
+    sites: set[str],
 ) -> None:
     own = model.state_dict()
-    coded = {id(model.get_parameter(names.module(p.param))) for p in config.packed.values()}
+    coded = {id(model.get_parameter(names.module(p.param))) for site, p in config.packed.items() if site in sites}
     filled = {n for n, p in model.named_parameters(remove_duplicate=False) if id(p) in coded}
     missing = sorted(set(own) - set(state) - filled)
-    unexpected = sorted(set(state) - set(own))
+    unexpected = sorted(set(state) - (set(own) - filled)) + sorted(set(config.packed) - sites)
     wrong = [n for n in state if n in own and own[n].shape != state[n].shape]
     if missing or unexpected or wrong:
         raise ArtifactError(
             f"the model does not fit the artifact: missing {missing[:5]}, unexpected {unexpected[:5]}, other shapes "
             f"{wrong[:5]}; is it the same architecture? rename= maps module names"
         )
-    for name, value in state.items():
-        target = own[name]
-        target.data = target.data.to(value.dtype)
-    model.load_state_dict(state, strict=False, assign=False)
 
 
-def _unpack_weight(qmodel: QuantModel, site: Site, quantizer: Quantizer, codes: Tensor, entry: schema.Packed) -> None:
-    weight = qmodel.weight(site)
-    if weight is None or list(weight.shape) != entry.shape or entry.bits != quantizer.bits:
+def _check_same_model(
+    qmodel: QuantModel,
+    state: dict[str, Tensor],
+    config: schema.ArtifactConfig,
+    names: schema.Renaming,
+    parts: _Parts,
+) -> None:
+    """Refuse float weights that are not those which were quantized. Another machine may round a few otherwise."""
+    own = qmodel.model.state_dict()
+    far = [n for n, v in state.items() if not torch.allclose(own[n].double().cpu(), v.double(), rtol=1e-2, atol=1e-4)]
+    for site in qmodel.sites():
+        stored = names.back(site.id)
+        if stored in config.packed:
+            values = _decoded(qmodel, site, stored, config, names, parts)
+            quantizer, weight = qmodel.quantizers[site], _weight(qmodel, site)
+            if float((quantizer(weight.data) != values).double().mean()) > SAME_CODES:
+                far.append(str(site.param))
+    if far:
         raise ArtifactError(
-            f"{site.id}: stored as {entry.bits} bits of shape {entry.shape}, which does not fit the model"
+            f"float_model= is not the model that was quantized: {len(far)} parameters differ, for example "
+            f"{', '.join(far[:4])}; load the checkpoint that was quantized"
         )
-    values = quantizer.decode(unpack(codes, entry.bits, weight.numel()).reshape(weight.shape).to(weight.device))
-    weight.data = values.to(weight.dtype)
-    quantizer.baked = True
+
+
+def _decoded(
+    qmodel: QuantModel,
+    site: Site,
+    stored: str,
+    config: schema.ArtifactConfig,
+    names: schema.Renaming,
+    parts: _Parts,
+) -> Tensor:
+    entry, quantizer, weight = config.packed[stored], qmodel.quantizers[site], _weight(qmodel, site)
+    fits = list(weight.shape) == entry.shape and names.module(entry.param) == site.param
+    if not fits or entry.bits != quantizer.bits:
+        raise ArtifactError(
+            f"{site.id}: stored as {entry.bits} bits of shape {entry.shape} for {entry.param}, which does not fit the "
+            f"model"
+        )
+    codes = unpack(parts.take(f"codes/{stored}"), entry.bits, weight.numel()).reshape(weight.shape)
+    return quantizer.decode(codes.to(weight.device)).to(weight.dtype)
+
+
+def _weight(qmodel: QuantModel, site: Site) -> nn.Parameter:
+    weight = qmodel.weight(site)
+    if weight is None:
+        raise ArtifactError(f"{site.id} has stored codes, and is no parameter of this model")
+    return weight
 
 
 def _check_graph(stored: dict[str, str], graph: Graph) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from vitq.artifact import schema
 from vitq.artifact.card import model_card
 from vitq.artifact.schema import CARD, CONFIG, TENSORS
 from vitq.core.errors import ArtifactError
-from vitq.core.files import write_folder
+from vitq.core.files import NAME_PART, write_folder
 from vitq.core.qmodel import QuantModel
 from vitq.core.roles import WEIGHT
 from vitq.quantizers.base import Quantizer
@@ -30,17 +31,25 @@ def check_destination(path: str | Path, *, force: bool = False) -> None:
         ArtifactError: it exists and `force` is not set, or it is not ours to replace, or not writable.
     """
     path = Path(path)
-    if path.is_dir() and any(path.iterdir()):
-        if not force:
-            raise ArtifactError(f"{path} exists; choose another folder, or replace it with force=True (--force)")
-        if not (path / CONFIG).is_file() or not (path / TENSORS).is_file():
-            raise ArtifactError(f"{path} is not an artifact, so it is not replaced; choose another folder")
-    elif path.exists() and not path.is_dir():
-        raise ArtifactError(f"{path} is a file; choose a folder")
-    parent = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
-    probe = parent if parent != path.absolute() else parent.parent
-    if not os.access(probe, os.W_OK | os.X_OK):
-        raise ArtifactError(f"{probe} is not writable; choose another folder")
+    try:
+        if path.exists() and not path.is_dir():
+            raise ArtifactError(f"{path} is a file; choose a folder")
+        here = Path(os.path.realpath(path))
+        if here == Path.cwd() or here in Path.cwd().parents or here.is_mount():
+            raise ArtifactError(
+                f"{path} is the current folder, one above it, or a mount point, which cannot be replaced in one step; "
+                f"choose a folder below it, such as {path / 'quantized'}"
+            )
+        if path.is_dir() and any(path.iterdir()):
+            if not force:
+                raise ArtifactError(f"{path} exists; choose another folder, or replace it with force=True (--force)")
+            if not (path / CONFIG).is_file() or not (path / TENSORS).is_file():
+                raise ArtifactError(f"{path} is not an artifact, so it is not replaced; choose another folder")
+        # Permissions, read-only file systems and folders that are files: trying finds them all.
+        parent = next(p for p in here.parents if p.exists())
+        os.rmdir(tempfile.mkdtemp(prefix=f".{here.name[:NAME_PART]}.", dir=parent))
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be written: {error.strerror or error}; choose another folder") from error
 
 
 def save(
@@ -57,6 +66,9 @@ def save(
     Raises:
         ArtifactError: not frozen, a destination that exists without `force`, or a failed write.
     """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
     path = Path(path)
     check_destination(path, force=force)
     if not qmodel.frozen:
@@ -65,17 +77,17 @@ def save(
     written: dict[str, Any] = {}
 
     def fill(folder: Path) -> None:
-        from safetensors.torch import save_file
-
-        save_file(tensors, folder / TENSORS)
+        digests = {schema.BOUND: schema.binding(schema.describe(qmodel, packed, "", {}))}
+        save_file(tensors, folder / TENSORS, metadata=digests)
         config = schema.describe(qmodel, packed, schema.sha256_of(folder / TENSORS), dict(metrics or {}))
         (folder / CONFIG).write_text(schema.dump(config), encoding="utf-8")
-        (folder / CARD).write_text(model_card(config, (folder / TENSORS).stat().st_size), encoding="utf-8")
+        card = model_card(config, (folder / TENSORS).stat().st_size)
+        (folder / CARD).write_bytes(card.encode("utf-8", errors="replace"))
         written["bytes"] = sum(f.stat().st_size for f in folder.iterdir())
 
     try:
-        write_folder(path, fill)
-    except OSError as error:
+        write_folder(path, fill, replace=force)
+    except (OSError, SafetensorError) as error:
         raise ArtifactError(f"{path} could not be written: {error}; what was there before is unchanged") from error
     return written | {"effective_bits": qmodel.effective_bits()}
 
@@ -93,7 +105,13 @@ def _tensors(qmodel: QuantModel) -> tuple[dict[str, Tensor], dict[str, schema.Pa
         if site.role == WEIGHT and weight is not None and quantizer.bits <= PACKABLE_BITS:
             codes = quantizer.encode(weight.detach())
             tensors[f"codes/{site.id}"] = pack(codes, quantizer.bits)
-            packed[site.id] = schema.Packed(param=str(site.param), bits=quantizer.bits, shape=list(weight.shape))
+            if not torch.equal(quantizer.decode(codes).to(weight.dtype), weight):
+                raise ArtifactError(
+                    f"{site.id}: its values are not those of its codes, so the artifact would compute something else; "
+                    f"were weights changed, or cast to another type, after the model was frozen?"
+                )
+            dtype = str(weight.dtype).removeprefix("torch.")
+            packed[site.id] = schema.Packed(str(site.param), quantizer.bits, list(weight.shape), dtype)
             coded.add(id(weight))
     # Tied parameters come under several names; codes serve all of them.
     params = {n: p for n, p in qmodel.model.named_parameters(remove_duplicate=False) if id(p) in coded}

@@ -1,4 +1,8 @@
-"""config.json: a strict schema with a version. Newer files are refused, older ones are migrated here."""
+"""config.json: a strict schema with a version. Newer files are refused, older ones are migrated here.
+
+Both files hold a digest of the other: config.json of all of model.safetensors, and that in its metadata of the
+fields that decide what the model computes (`BINDING`). So neither can be edited or exchanged alone.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +24,18 @@ CONFIG = "config.json"
 CARD = "README.md"
 SCHEMA_VERSION = 1
 FORMAT = "vitq"
+BOUND = "vitq_config"  # the key of the digest in the tensors' metadata
+BINDING = ("schema_version", "plan", "formats", "graph", "rewrites", "packed", "example", "source", "preprocess")
 
 
 @dataclass(frozen=True)
 class Packed:
-    """Where packed codes go: which parameter, at which width, of which shape."""
+    """Where packed codes go: which parameter, at which width, of which shape and type."""
 
     param: str
     bits: int
     shape: list[int]
+    dtype: str
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,15 @@ class ArtifactConfig:
     tensors_sha256: str
 
 
+_OPTIONAL = (dict, type(None))
+KINDS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("vitq_version", "kind", "tensors_sha256"), str),
+    **dict.fromkeys(("plan", "formats", "graph", "packed", "provenance", "log", "metrics", "effective_bits"), dict),
+    **dict.fromkeys(("source", "preprocess"), _OPTIONAL),
+    "rewrites": list,
+}
+
+
 @dataclass(frozen=True)
 class Renaming:
     """Module names of an artifact -> module names of a model, by longest prefix."""
@@ -86,7 +102,7 @@ class Renaming:
     names: Mapping[str, str] = field(default_factory=dict)
 
     def module(self, name: str) -> str:
-        """A dotted name under its new prefix."""
+        """A dotted name under its new prefix; "" is the model itself."""
         return _swap(name, self.names)
 
     def site(self, site: str) -> str:
@@ -102,7 +118,7 @@ class Renaming:
     def line(self, line: str) -> str:
         """A signature line with its parameter renamed."""
         role, axes, param, shape = line.split(" ")
-        return f"{role} {axes} {self.module(param)} {shape}"
+        return f"{role} {axes} {self.module(param) if param else ''} {shape}"
 
     def arguments(self, args: Any) -> Any:
         """Module and parameter names anywhere in a rewrite's arguments."""
@@ -140,10 +156,31 @@ def describe(
     )
 
 
+def binding(config: ArtifactConfig) -> str:
+    """Digest of the fields that decide what the model computes."""
+    data = _plain(asdict(config))
+    return _digest({name: data[name] for name in BINDING})
+
+
 def dump(config: ArtifactConfig) -> str:
-    """JSON text, with a digest of itself."""
-    data = asdict(config)
+    """JSON text, with a digest of itself.
+
+    Raises:
+        ArtifactError: a value that JSON does not have.
+    """
+    data = _plain(asdict(config))
     return json.dumps(data | {"digest": _digest(data)}, indent=1, sort_keys=True) + "\n"
+
+
+def _plain(data: dict[str, Any]) -> dict[str, Any]:
+    """What reading gives back: keys are text, tuples are lists. Digests are of this."""
+    try:
+        plain: dict[str, Any] = json.loads(json.dumps(data))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ArtifactError(
+            f"metrics, source, provenance and log must be plain JSON values: {error}; convert them first"
+        ) from error
+    return plain
 
 
 def read(path: Path) -> ArtifactConfig:
@@ -152,12 +189,15 @@ def read(path: Path) -> ArtifactConfig:
     Raises:
         ArtifactError: missing, not JSON, not ours, newer, changed, or of another form.
     """
+    if path.parent.exists() and not path.parent.is_dir():
+        raise ArtifactError(f"{path.parent} is a file; give the folder that `vitq quantize --out` wrote")
     if not path.parent.is_dir():
         raise ArtifactError(f"{path.parent} does not exist; give the folder that `vitq quantize --out` wrote")
     if not path.is_file():
         raise ArtifactError(f"{path.parent} is not an artifact: it has no {CONFIG}")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
+        actual = _digest({k: v for k, v in data.items() if k != "digest"}) if isinstance(data, dict) else ""
     except (ValueError, OSError, RecursionError) as error:
         raise ArtifactError(f"{path} cannot be read: {error}; the artifact is damaged") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT:
@@ -170,14 +210,16 @@ def read(path: Path) -> ArtifactConfig:
             f"{path} has schema version {version}, and this vitq ({__version__}) reads up to {SCHEMA_VERSION}; "
             f"upgrade vitq"
         )
-    digest = data.pop("digest", None)
-    if digest != _digest(data):
+    if data.pop("digest", None) != actual:
         raise ArtifactError(f"{path} is damaged or was edited: its digest does not match its content")
     expected = {f.name for f in fields(ArtifactConfig)}
     if set(data) != expected:
         raise ArtifactError(
             f"{path}: missing fields {sorted(expected - set(data))}, unknown fields {sorted(set(data) - expected)}"
         )
+    wrong = sorted(name for name, kind in KINDS.items() if not isinstance(data[name], kind))
+    if wrong:
+        raise ArtifactError(f"{path}: {', '.join(wrong)} are of a wrong type; the artifact is damaged")
     try:
         data["rewrites"] = [StoredRewrite(**r) for r in data["rewrites"]]
         data["packed"] = {site: Packed(**p) for site, p in data["packed"].items()}
@@ -201,6 +243,7 @@ def _digest(data: dict[str, Any]) -> str:
 
 def _swap(name: str, names: Mapping[str, str]) -> str:
     for old in sorted(names, key=len, reverse=True):
-        if name == old or name.startswith(f"{old}."):
-            return names[old] + name[len(old) :]
+        if not old or name == old or name.startswith(f"{old}."):
+            rest = name[len(old) :].removeprefix(".")
+            return ".".join(part for part in (names[old], rest) if part)
     return name

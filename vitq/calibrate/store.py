@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ class Store:
         self._budget = budget
         self._items: list[Any] = []
         self._used = 0
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._folder: Path | None = None
 
     def append(self, item: Any) -> None:
         """Add one item at the end."""
@@ -35,8 +37,9 @@ class Store:
             self._items.append(item)
             return
         if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="vitq-capture-")
-        path = Path(self._folder.name) / f"{len(self._items):06d}.pt"
+            self._folder = Path(tempfile.mkdtemp(prefix="vitq-capture-"))
+            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        path = self._folder / f"{len(self._items):06d}.pt"
         torch.save(item, path)
         self._items.append(path)
 

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
+import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from vitq.core.errors import VitqError
-from vitq.core.files import write_text
+from vitq.core.errors import InputError, VitqError
+from vitq.core.files import is_stream, write_text
 from vitq.core.progress import Task
 
 P = ParamSpec("P")
 R = TypeVar("R")
+FAILED = 2
 INTERRUPTED = 130
 
 
@@ -36,7 +40,11 @@ class Say:
 
     def note(self, text: str) -> None:
         """Something worth knowing that is not the result."""
-        self.err.print(text, style="dim", markup=False)
+        self.err.print(text, style="dim", markup=False, soft_wrap=True)
+
+    def error(self, text: str) -> None:
+        """What went wrong; printed even if quiet."""
+        print_error(text)
 
     def result(self, text: str) -> None:
         """A line of the result."""
@@ -84,13 +92,49 @@ def command(fn: Callable[P, R]) -> Callable[P, R]:
         try:
             return fn(*args, **kwargs)
         except VitqError as error:
-            Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {error}", style="red", markup=False)
-            raise typer.Exit(2) from None
+            print_error(f"error: {error}")
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            reason = (str(error).splitlines() or ["no more memory"])[0]
+            print_error(
+                f"error: out of memory ({reason}); use a smaller --batch-size or --calib-size, or another device"
+            )
+        except BrokenPipeError:  # whoever read our output has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except OSError as error:
+            print_error(f"error: {error}; check the path, its permissions and the space left")
         except KeyboardInterrupt:
-            print("interrupted; nothing half-written is left behind", file=sys.stderr)  # noqa: T201
+            print_error("interrupted; nothing half-written is left behind")
             raise typer.Exit(INTERRUPTED) from None
+        raise typer.Exit(FAILED) from None
 
     return run
+
+
+def print_error(text: str) -> None:
+    """One line on standard error."""
+    line = " ".join(part.strip() for part in text.splitlines())
+    Console(stderr=True, highlight=False, soft_wrap=True).print(line, style="red", markup=False)
+
+
+def check_outputs(*paths: Path | None) -> None:
+    """Refuse files that cannot be written, before any work.
+
+    Raises:
+        InputError: a folder, or in a place where nothing can be written.
+    """
+    for path in paths:
+        if path is None or is_stream(path):
+            continue
+        if path.is_dir():
+            raise InputError(f"{path} is a folder; name a file")
+        here = Path(os.path.realpath(path))
+        parent = next(p for p in here.parents if p.exists())
+        try:
+            handle, name = tempfile.mkstemp(prefix=".vitq.", dir=parent)
+            os.close(handle)
+            os.unlink(name)
+        except OSError as error:
+            raise InputError(f"{path} cannot be written: {error.strerror or error}; choose another file") from error
 
 
 def write_json(path: Path | None, data: Mapping[str, Any]) -> None:

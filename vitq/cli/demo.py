@@ -10,7 +10,7 @@ import typer
 
 from vitq.artifact import load, save
 from vitq.cli import app as a
-from vitq.cli.console import Say, command, write_json
+from vitq.cli.console import Say, check_outputs, command, write_json
 from vitq.cli.quantize import quantize_command
 from vitq.core.recipe import RECIPES
 from vitq.data.source import load_model
@@ -40,6 +40,7 @@ def demo(
     measured on 400 photos.
     """
     say = Say(quiet)
+    check_outputs(json)
     rows: list[dict[str, Any]] = []
     for name in zoo_names():
         rows += _embedded(name, out, say)

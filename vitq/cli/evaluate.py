@@ -10,29 +10,33 @@ import typer
 from torch import nn
 
 from vitq.artifact import load
-from vitq.artifact.schema import CONFIG
 from vitq.cli import app as a
 from vitq.cli import work
-from vitq.cli.console import Say, command, write_json
+from vitq.cli.console import Say, check_outputs, command, write_json
 from vitq.cli.quantize import evaluate as evaluate_both
-from vitq.cli.quantize import find_recipe, parse_options
+from vitq.cli.recipes import parse_options, recipe_of
 from vitq.core.errors import DataError, InputError
 from vitq.core.qmodel import QuantModel
+from vitq.data.checkpoint import load_checkpoint
 from vitq.data.images import ImageSet, open_images
 from vitq.data.preprocess import Preprocess
+from vitq.data.source import build_model
 from vitq.evaluate.classify import ClassifyResult, evaluate_classifier
 from vitq.evaluate.compare import compare as compare_predictions
+from vitq.evaluate.diagnose import GROUPINGS
 from vitq.evaluate.diagnose import diagnose as find_suspects
 from vitq.evaluate.fidelity import fidelity as measure_fidelity
 from vitq.evaluate.predictions import Predictions, read_predictions, write_predictions
-from vitq.pipeline import quantize
+from vitq.pipeline import quantize, resolve
 
 Target = Annotated[str, typer.Argument(metavar="DIR|MODEL", help=f"An artifact's folder. Or a model: {a.MODEL_HELP}")]
 
 
 def is_artifact(target: str) -> bool:
-    """Whether a command-line word names an artifact's folder."""
-    return (Path(target) / CONFIG).is_file() or (Path(target).is_dir() and not target.startswith("hf:"))
+    """Whether a command-line word names an artifact's folder: any folder, and any other path that is no model's."""
+    if ":" in target and not Path(target).exists():
+        return False
+    return Path(target).exists() or "/" in target
 
 
 def open_target(
@@ -44,13 +48,13 @@ def open_target(
         return loaded.model, None, work.need_preprocess(loaded.preprocess, target), loaded.num_classes
     qmodel = load(target, trust_code=trust_code).to(device)
     preprocess = Preprocess.from_dict(qmodel.preprocess) if qmodel.preprocess else None
-    float_model = float_of(qmodel, checkpoint, device, say) if checkpoint else None
-    classes = getattr(qmodel.model, "num_classes", None)
+    float_model = float_of(qmodel, checkpoint, trust_code, say).to(device) if checkpoint else None
+    classes = (qmodel.source or {}).get("num_classes")
     return qmodel, float_model, work.need_preprocess(preprocess, target), classes if isinstance(classes, int) else None
 
 
-def float_of(qmodel: QuantModel, checkpoint: Path, device: torch.device, say: Say) -> nn.Module:
-    """The float model of an artifact, from its checkpoint.
+def float_of(qmodel: QuantModel, checkpoint: Path | None, trust_code: bool, say: Say) -> nn.Module:
+    """The float model of an artifact: from its checkpoint, or by its name where it has none.
 
     Raises:
         InputError: the artifact does not name its model, or was made from another file.
@@ -58,11 +62,22 @@ def float_of(qmodel: QuantModel, checkpoint: Path, device: torch.device, say: Sa
     source = qmodel.source or {}
     if "spec" not in source:
         raise InputError("the artifact does not name its model; its float model cannot be built")
-    loaded = work.open_model(str(source["spec"]), checkpoint, device, say)
-    old, new = (s.get("checkpoint") or {} for s in (source, loaded.source))
-    if old.get("sha256") not in (None, new.get("sha256")):
+    old = source.get("checkpoint") or {}
+    if checkpoint is None:
+        if old:
+            raise InputError(
+                f"an artifact holds no float weights: name the file it was made from ({old.get('file')}) with "
+                f"--checkpoint"
+            )
+        if source.get("kind") in ("zoo", "file"):
+            return build_model(source, trust_code=trust_code)
+        return work.open_model(str(source["spec"]), None, torch.device("cpu"), say).model
+    say.note(f"loading {source['spec']} with {checkpoint}")
+    model = build_model(source, trust_code=trust_code)
+    new = load_checkpoint(model, checkpoint, num_classes=source.get("num_classes"))
+    if old.get("sha256") not in (None, new["sha256"]):
         raise InputError(f"{checkpoint} is not the file that was quantized ({old.get('file')}): their digests differ")
-    return loaded.model
+    return model
 
 
 @a.app.command()
@@ -92,11 +107,12 @@ def evaluate(
         vitq evaluate deit_tiny_patch16_224 --checkpoint deit_tiny.safetensors --data val/
     """
     say = Say(quiet)
+    check_outputs(predictions, json)
     where = work.choose_device(device)
     model, float_model, preprocess, classes = open_target(target, checkpoint, where, trust_code, say)
     if fidelity and float_model is None:
         raise InputError("--fidelity compares an artifact with its float model; give DIR and --checkpoint")
-    images = labelled(data, classes)
+    images = work.labelled(data, classes, skip_bad)
     if isinstance(model, QuantModel):
         images = without_calibration(model, images, data, say)
     kind = "simulated" if isinstance(model, QuantModel) else "float"
@@ -113,6 +129,7 @@ def evaluate(
     else:
         measured = run_one(model, batches, len(images), where, say)
         result |= measured.to_json()
+    work.say_skipped(images, data, say)
     low, high = result["top1_interval"]
     say.result(
         f"{target} ({kind}): top-1 {result['top1']:.2f} % [{low:.2f}, {high:.2f}], top-5 {result['top5']:.2f} % on "
@@ -139,20 +156,24 @@ def compare(
     vitq compare out_a/ out_b/ official.csv --data val/
     """
     say = Say(quiet)
+    check_outputs(json)
     where = work.choose_device(device)
     if len(targets) < 2:
         raise InputError("compare needs at least two artifacts or prediction files")
+    for target in targets:
+        if targets.count(target) > 1:
+            raise InputError(f"{target} is named twice")
+        if data is None and not target.endswith(".csv"):
+            raise InputError(f"{target} is no .csv file, so it is run: say on which images with --data")
+    read = {target: read_predictions(Path(target)) for target in targets if target.endswith(".csv")}
     found: dict[str, Predictions] = {}
     for target in targets:
-        if target in found:
-            raise InputError(f"{target} is named twice")
-        if target.endswith(".csv"):
-            found[target] = read_predictions(Path(target))
+        if target in read:
+            found[target] = read[target]
             continue
-        if data is None:
-            raise InputError(f"{target} is an artifact: say on which images with --data")
+        assert data is not None
         model, _, preprocess, classes = open_target(target, None, where, trust_code, say)
-        images = labelled(data, classes)
+        images = work.labelled(data, classes, skip_bad=False)
         if isinstance(model, QuantModel):
             images = without_calibration(model, images, data, say)
         found[target] = run_one(model, images.batches(preprocess, batch_size), len(images), where, say).predictions
@@ -191,42 +212,34 @@ def diagnose(
         vitq diagnose deit_tiny_patch16_224 --checkpoint deit_tiny.safetensors --calib photos/ --data photos/
     """
     say = Say(quiet)
+    check_outputs(json)
+    if by not in GROUPINGS:
+        raise InputError(f"cannot diagnose by {by!r}; use one of {', '.join(GROUPINGS)}")
     where = work.choose_device(device)
+    chosen = open_images(data, labels="none").sample(images, seed)
+    chosen.check()
     if is_artifact(target):
-        if checkpoint is None:
-            raise InputError("an artifact holds no float weights: name the file it was made from with --checkpoint")
         frozen = load(target, trust_code=trust_code)
-        qmodel = load(target, float_model=float_of(frozen, checkpoint, torch.device("cpu"), say)).to(where)
-        preprocess = Preprocess.from_dict(qmodel.preprocess or {})
+        preprocess = work.need_preprocess(
+            Preprocess.from_dict(frozen.preprocess) if frozen.preprocess else None, target
+        )
+        qmodel = load(target, float_model=float_of(frozen, checkpoint, trust_code, say)).to(where)
     else:
         if calib is None:
             raise InputError("a model is quantized first: name calibration images with --calib")
+        options = parse_options(option or ())
+        found = recipe_of(recipe, options)
+        resolve(found, bits, options=options)
         loaded = work.open_model(target, checkpoint, where, say)
         preprocess = work.need_preprocess(loaded.preprocess, target)
         batches, _ = work.calibration(calib, calib_size, seed, preprocess, where, False, say)
-        options = parse_options(option or ())
-        qmodel = quantize(
-            loaded.model, find_recipe(recipe), bits, batches, options=options, seed=seed, freeze=False, progress=say
-        )
-    chosen = open_images(data, labels="none").sample(images, seed)
+        qmodel = quantize(loaded.model, found, bits, batches, options=options, seed=seed, freeze=False, progress=say)
     inputs = [b.images.to(where) for b in chosen.batches(preprocess, batch_size=16)]
     suspects = find_suspects(qmodel, inputs, by, say)
     say.table(
         [s.to_json() for s in (*suspects[:-1][:top], suspects[-1])], title=f"quantized alone, by {by}; KL in nats"
     )
     write_json(json, {"model": target, "by": by, "images": images, "suspects": [s.to_json() for s in suspects]})
-
-
-def labelled(data: str, classes: int | None) -> ImageSet:
-    """Open images that must have labels.
-
-    Raises:
-        DataError: they have none.
-    """
-    images = open_images(data, num_classes=classes)
-    if images.labels is None:
-        raise DataError(f"{data} has no labels; evaluation needs class folders, labels.csv or a label column")
-    return images
 
 
 def without_calibration(qmodel: QuantModel, images: ImageSet, data: str, say: Say) -> ImageSet:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Annotated, Any
 
 import torch
 import typer
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from vitq.cli import app as a
-from vitq.cli.console import Say, command, write_json
+from vitq.cli.console import Say, check_outputs, command, write_json
 from vitq.core.errors import InputError
 from vitq.core.recipe import MODIFIERS, RECIPES
 from vitq.core.roles import OTHER_IN
 from vitq.core.site import Graph
 from vitq.data.source import load_model
-from vitq.evaluate.classify import logits_of
+from vitq.evaluate.metrics import rounded_small
 from vitq.graph.trace import trace
 from vitq.pipeline import insert, resolve
 
@@ -30,6 +32,7 @@ def recipes(json: a.Json = None, quiet: a.Quiet = False) -> None:
 
     A modifier is added with a plus: `--recipe repq_vit+gptq`.
     """
+    check_outputs(json)
     rows = []
     for kind, registry in (("recipe", RECIPES), ("modifier", MODIFIERS)):
         for name in registry:
@@ -59,6 +62,7 @@ def inspect(
         vitq inspect torchvision:vit_b_16 --json sites.json
     """
     say = Say(quiet)
+    check_outputs(json)
     loaded = load_model(model, checkpoint, pretrained=None if checkpoint else False)
     size = loaded.preprocess.input_size if loaded.preprocess else (3, 224, 224)
     shape = (1, size[0], image_size or size[1], image_size or size[2])
@@ -97,11 +101,22 @@ def inspect(
     if not graph.has_attention:
         say.result("no attention was found: the model is quantized all the same, as linears and convolutions")
     ok = not problems and difference <= TOLERANCE
-    summary = {"model": model, "quantized_share": quantized, "off_difference": difference, "ok": ok, "left": left}
+    summary = {
+        "model": model,
+        "quantized_share": quantized,
+        "off_difference": rounded_small(difference),
+        "ok": ok,
+        "left": left,
+    }
     write_json(json, summary | {"has_attention": graph.has_attention} | graph.to_json())
     if not ok:
         for name in problems:
-            say.err.print(f"neither role nor reason: {name}", style="red", markup=False)
+            say.error(f"error: {name} has neither a role nor a reason to stay in float")
+        if not difference <= TOLERANCE:
+            say.error(
+                f"error: quantizers that are switched off change the output by {difference:.1e} of its magnitude; does "
+                f"the model compute the same twice, and does it ask for the exact class of a layer?"
+            )
         raise typer.Exit(1)
 
 
@@ -112,5 +127,11 @@ def switched_off_difference(model: nn.Module, graph: Graph, x: torch.Tensor) -> 
         raise InputError("nothing to quantize: the model computes no matrix product from its input")
     before = model(x)
     after = insert(copy.deepcopy(model), graph, resolve("minmax", "w8a8"))(x)
-    expected, found = (out if isinstance(out, torch.Tensor) else logits_of(out) for out in (before, after))
-    return float((expected - found).abs().max() / expected.abs().max().clamp(min=1e-12))
+    pairs = list(zip(_tensors(before), _tensors(after), strict=True))
+    changes = [float((a - b).abs().max() / a.abs().max().clamp(min=1e-12)) for a, b in pairs]
+    return math.inf if any(math.isnan(c) for c in changes) else max(changes, default=0.0)
+
+
+def _tensors(output: Any) -> list[torch.Tensor]:
+    leaves = pytree.tree_leaves(output)
+    return [t for t in leaves if isinstance(t, torch.Tensor) and t.is_floating_point() and t.numel()]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,11 +11,9 @@ import typer
 from vitq.artifact import check_destination, save
 from vitq.cli import app as a
 from vitq.cli import work
-from vitq.cli.console import Say, command, peak_rss_mb, write_json
-from vitq.core.errors import InputError
-from vitq.core.format import Scalar
+from vitq.cli.console import Say, check_outputs, command, peak_rss_mb, write_json
+from vitq.cli.recipes import parse_options, recipe_of
 from vitq.core.qmodel import QuantModel
-from vitq.core.recipe import RecipeFn
 from vitq.evaluate.classify import PairResult, evaluate_pair
 from vitq.pipeline import quantize, resolve
 
@@ -62,6 +58,7 @@ def quantize_command(
 ) -> None:
     """See HELP."""
     say = Say(quiet)
+    check_outputs(json)
     asked = {
         "bits": bits,
         "exclude": exclude or (),
@@ -69,19 +66,21 @@ def quantize_command(
         "options": parse_options(option or ()),
         "seed": seed,
     }
-    found = find_recipe(recipe)
+    found = recipe_of(recipe, asked["options"])  # type: ignore[arg-type]
     plan = resolve(found, **asked)  # type: ignore[arg-type]
     check_destination(out, force=force)
     where = work.choose_device(device)
     loaded = work.open_model(model, checkpoint, where, say)
     preprocess = work.need_preprocess(loaded.preprocess, model)
     data, images = work.calibration(calib, calib_size, seed, preprocess, where, skip_bad, say)
-    scored = work.evaluation(eval_data, images, loaded.num_classes, say) if eval_data else None
+    scored = work.evaluation(eval_data, images, loaded.num_classes, skip_bad, say) if eval_data else None
     say.note("passes: " + ", ".join(map(str, plan.passes)))
 
     start = time.perf_counter()
     qmodel = quantize(loaded.model, found, data=data, progress=say, **asked)  # type: ignore[arg-type]
     seconds = time.perf_counter() - start
+    if not qmodel.graph.has_attention:
+        say.note("no attention was found: the model is quantized all the same, as linears and convolutions")
     peak = peak_rss_mb()
     qmodel.source, qmodel.preprocess = loaded.source, preprocess.to_dict()
     qmodel.provenance = work.provenance(images, calib, seed)
@@ -100,9 +99,11 @@ def quantize_command(
     # Saved before it is evaluated: an interrupted evaluation loses nothing.
     result |= save(qmodel, out, force=force, metrics=result)
     if scored is not None:
+        say.note(f"saved in {out}")
         evaluation, left_out = scored
         pair = evaluate(loaded.model, qmodel, evaluation.batches(preprocess, batch_size, skip_bad=skip_bad),
                         len(evaluation), where, say)  # fmt: skip
+        work.say_skipped(evaluation, str(eval_data), say)
         result |= pair.to_json() | {"evaluation": Path(str(eval_data)).name, "left_out": len(left_out)}
         result |= save(qmodel, out, force=True, metrics=result)
     result.setdefault("images", 0)
@@ -129,10 +130,11 @@ def report(result: dict[str, Any], out: Path, say: Say) -> None:
     """Print what was measured."""
     if result["top1"] is not None:
         low, high = result["top1_interval"]
+        recovery = "undefined" if result["recovery"] is None else f"{result['recovery']:.3f}"
         say.result(
             f"{result['model']} {result['recipe']} {result['bits']} ({result['kind']}): top-1 {result['top1']:.2f} % "
-            f"[{low:.2f}, {high:.2f}] on {result['images']} images; float {result['top1_float']:.2f} %, recovery "
-            f"{result['recovery'] or 0:.3f}"
+            f"[{low:.2f}, {high:.2f}] on {result['images']} images; float {result['top1_float']:.2f} %, "
+            f"recovery {recovery}"
         )
     bits = result["effective_bits"]
     forwards = result["seconds"] / max(result["float_forward_seconds"], 1e-9)
@@ -141,51 +143,3 @@ def report(result: dict[str, Any], out: Path, say: Say) -> None:
         f"{result['calibration_images']} calibration images; {result['bytes'] / 1e6:.2f} MB on disk, "
         f"{bits['weight']:.2f} bits per weight, {bits['act']:.2f} per activation; saved in {out}"
     )
-
-
-def parse_options(pairs: Sequence[str]) -> dict[str, Scalar]:
-    """KEY=VALUE pairs; numbers, true and false are read as such.
-
-    Raises:
-        InputError: not of that form.
-    """
-    options: dict[str, Scalar] = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals or not key.isidentifier():
-            raise InputError(f"option {pair!r} is not KEY=VALUE; write for example parity=true")
-        options[key] = _scalar(value)
-    return options
-
-
-def _scalar(text: str) -> Scalar:
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
-
-
-def find_recipe(spec: str) -> str | RecipeFn:
-    """A registered name as it is; FILE.py:FUNCTION as the function.
-
-    Raises:
-        InputError: no such file or function.
-    """
-    path, colon, name = spec.rpartition(":")
-    if not colon or not path.endswith(".py"):
-        return spec
-    if not Path(path).is_file():
-        raise InputError(f"recipe file {path} does not exist")
-    module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    assert module_spec is not None
-    assert module_spec.loader is not None
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    if not callable(getattr(module, name, None)):
-        public = [n for n in vars(module) if not n.startswith("_") and callable(getattr(module, n))]
-        raise InputError(f"{path} has no function {name!r}; it has {', '.join(public) or 'none'}")
-    return getattr(module, name)  # type: ignore[no-any-return]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vitq.cli.console import Say
 from vitq.core.batches import Batches, sizes_of
 from vitq.core.errors import DataError, InputError
+from vitq.data.checkpoint import some
 from vitq.data.images import ImageSet, open_images, without_overlap
 from vitq.data.preprocess import Preprocess
 from vitq.data.source import LoadedModel, load_model
@@ -31,9 +32,11 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
+        torch.ones(1, device=device).item()  # "meta" is a device that computes nothing
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise InputError(
+            f"device {name!r} cannot be used here: {str(error).splitlines()[0]}; use auto or cpu"
+        ) from None
     return device
 
 
@@ -62,40 +65,63 @@ def calibration(
     """Sample and decode calibration images; many of them are streamed.
 
     Raises:
-        DataError: fewer images than asked, or unreadable ones.
+        DataError: fewer images than asked, or unreadable ones (none left, with skip_bad).
     """
     if size < 1:
         raise InputError(f"--calib-size {size}: at least one image is needed")
     images = open_images(data, labels="none").sample(size, seed)
-    images.check()
-    if size > IN_MEMORY:
-
-        def stream() -> Iterator[Tensor]:
-            for batch in images.batches(preprocess, batch_size=32):
-                yield batch.images.to(device)
-
-        return Batches(stream, sizes_of(size)), images
+    if not skip_bad:
+        images.check()
+    parts = []
     with say.task("decoding calibration images", size) as task:
-        parts = []
-        for batch in images.batches(preprocess, batch_size=32, skip_bad=skip_bad):
-            parts.append(batch.images)
-            task.advance(len(batch.ids))
-    if images.skipped:
-        say.note(f"skipped {len(images.skipped)} unreadable images: {', '.join(images.skipped[:3])}")
-    if not parts:
-        raise DataError(f"{data}: none of the {size} sampled images can be read")
-    return Batches.of(torch.cat(parts).to(device)), images
+        if size <= IN_MEMORY or skip_bad:  # what will be skipped must be known before batches are counted
+            for batch in images.batches(preprocess, batch_size=32, skip_bad=skip_bad):
+                if size <= IN_MEMORY:
+                    parts.append(batch.images)
+                task.advance(len(batch.ids))
+    images = say_skipped(images, data, say)
+    if parts:
+        return Batches.of(torch.cat(parts).to(device)), images
+
+    def stream() -> Iterator[Tensor]:
+        for batch in images.batches(preprocess, batch_size=32):
+            yield batch.images.to(device)
+
+    return Batches(stream, sizes_of(len(images))), images
 
 
-def evaluation(data: str, calib: ImageSet | None, num_classes: int | None, say: Say) -> tuple[ImageSet, list[str]]:
-    """Open labelled images, and leave out what was calibrated on.
+def say_skipped(images: ImageSet, data: str, say: Say) -> ImageSet:
+    """The images without those that were skipped, which are named."""
+    skipped = set(images.skipped)
+    if not skipped:
+        return images
+    say.note(f"skipped {len(skipped)} unreadable images of {data}: {some(images.skipped)}")
+    return images.subset([i for i, name in enumerate(images.ids) if name not in skipped])
+
+
+def labelled(data: str, num_classes: int | None, skip_bad: bool) -> ImageSet:
+    """Open images that must have labels, and be readable.
 
     Raises:
-        DataError: no labels, labels beyond the model's classes, or nothing left.
+        DataError: no labels, labels beyond the model's classes, or unreadable images.
     """
     images = open_images(data, num_classes=num_classes)
     if images.labels is None:
         raise DataError(f"{data} has no labels; evaluation needs class folders, labels.csv or a label column")
+    if not skip_bad:
+        images.check()
+    return images
+
+
+def evaluation(
+    data: str, calib: ImageSet | None, num_classes: int | None, skip_bad: bool, say: Say
+) -> tuple[ImageSet, list[str]]:
+    """Open labelled images, and leave out what was calibrated on.
+
+    Raises:
+        DataError: as `labelled`, or nothing left.
+    """
+    images = labelled(data, num_classes, skip_bad)
     left_out: list[str] = []
     if calib is not None:
         images, left_out = without_overlap(calib, images)
@@ -108,7 +134,7 @@ def evaluation(data: str, calib: ImageSet | None, num_classes: int | None, say: 
 
 def float_forward_seconds(model: nn.Module, data: Batches) -> float:
     """Median of five forwards of the stock model over the calibration images in one batch (at most 512)."""
-    batch = torch.cat([x for x, _ in zip(data, range(IN_MEMORY // 32), strict=False)])
+    batch = torch.cat([x for x, _ in zip(data, range(max(1, IN_MEMORY // 32)), strict=False)])
     times = []
     with torch.inference_mode():
         model(batch)
@@ -125,7 +151,7 @@ def provenance(images: ImageSet, data: str, seed: int) -> dict[str, Any]:
     """Which images were calibrated on."""
     return {
         "calibration": Path(data).name,
-        "calibration_images": len(images) - len(images.skipped),
+        "calibration_images": len(images),
         "seed": seed,
         "calibration_ids": list(images.ids),
         "calibration_sha256": images.digests(),

@@ -8,52 +8,89 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 RENAME_EXCHANGE = 2
 AT_FDCWD = -100
+RACES = 20  # how often another process may get in between before this one gives up
+NAME_PART = 32  # of the final name in the temporary one, so that a long name does not become too long
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file through a temporary one beside it.
+    """Write a file through a temporary one beside it; UTF-8, undecodable file names as they were.
+
+    A symbolic link stays one. What is no file (a pipe, a terminal, /dev/null) is written to directly.
 
     Raises:
         OSError: the old file is then untouched.
     """
+    if is_stream(path):
+        with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as stream:
+            stream.write(text)
+        return
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name[:NAME_PART]}.", dir=path.parent)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
+        with os.fdopen(handle, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(name, 0o666 & ~_umask())
         os.replace(name, path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        with suppress(OSError):
+            os.unlink(name)
         raise
 
 
-def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
+def is_stream(path: Path) -> bool:
+    """Whether this is a pipe, a terminal or a device, which must not be replaced by a file."""
+    return str(path.parent) in ("/dev", "/dev/fd") or path.is_fifo() or path.is_char_device()
+
+
+def write_folder(path: Path, fill: Callable[[Path], None], *, replace: bool = True) -> None:
     """Fill a temporary folder beside `path`, then put it there in one step; what was there goes after that.
+
+    Files get the permissions that the umask allows. A symbolic link to a folder stays one.
+
+    Args:
+        replace: put it in the place of a folder that is not empty.
 
     Raises:
         OSError, or whatever `fill` raises: the old folder is then untouched.
     """
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name[:NAME_PART]}.", dir=path.parent))
     try:
         fill(temporary)
         for file in temporary.iterdir():
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
+            file.chmod(0o666 & ~_umask())
+            _sync(file)
         temporary.chmod(0o777 & ~_umask())
-        if path.exists():
-            _exchange(temporary, path)
-        else:
-            temporary.rename(path)
+        _sync(temporary)
+        _put(temporary, path, replace)
+        with suppress(OSError):  # it is there; only a power cut within seconds could still undo the renaming
+            _sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _put(new: Path, path: Path, replace: bool) -> None:
+    for attempt in range(RACES):
+        try:
+            if replace and path.exists():
+                _exchange(new, path)
+            else:
+                new.rename(path)  # onto nothing, or onto an empty folder
+            return
+        except OSError as error:
+            # Another process put something there, or took it away, in between.
+            between = error.errno in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST)
+            if not (replace and between and new.exists()) or attempt == RACES - 1:
+                raise
 
 
 def _exchange(new: Path, old: Path) -> None:
@@ -66,7 +103,7 @@ def _exchange(new: Path, old: Path) -> None:
         code = ctypes.get_errno()
         if code not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
             raise OSError(code, os.strerror(code), str(old))
-    aside = old.with_name(f".{old.name}.old-{os.getpid()}")
+    aside = new.with_name(f"{new.name}.old")
     old.rename(aside)
     try:
         new.rename(old)
@@ -74,6 +111,14 @@ def _exchange(new: Path, old: Path) -> None:
         aside.rename(old)
         raise
     aside.rename(new)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _umask() -> int:

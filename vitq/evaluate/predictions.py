@@ -7,9 +7,9 @@ Shapes:  labels, predicted  (N,) int64, class indices; label -1 = the true class
 from __future__ import annotations
 
 import csv
+import io
 import os
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from vitq.core.errors import ArtifactError, DataError, InputError
+from vitq.core.files import write_text
 
 COLUMNS = ("file", "label", "predicted")
 UNKNOWN_LABEL = -1
@@ -79,25 +80,16 @@ def write_predictions(path: str | os.PathLike[str], predictions: Predictions) ->
     """
     path = Path(path)
     _check_ids(predictions.ids, f"predictions for {path}")
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # The csv module (seen in Python 3.11) leaves a bare carriage return unquoted, which ends the row.
+    odd = any("\r" in each for each in predictions.ids)
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL if odd else csv.QUOTE_MINIMAL)
+    writer.writerow(COLUMNS)
+    writer.writerows(zip(predictions.ids, predictions.labels.tolist(), predictions.predicted.tolist(), strict=True))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # File names that are not valid UTF-8 exist; surrogateescape brings them back unchanged.
-        with partial.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-            # The csv module (seen in Python 3.11) leaves a bare carriage return unquoted, which ends the row.
-            odd = any("\r" in each for each in predictions.ids)
-            writer = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL if odd else csv.QUOTE_MINIMAL)
-            writer.writerow(COLUMNS)
-            labels, predicted = predictions.labels.tolist(), predictions.predicted.tolist()
-            writer.writerows(zip(predictions.ids, labels, predicted, strict=True))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        write_text(path, text.getvalue())  # file names that are not valid UTF-8 come back unchanged
     except OSError as error:
         raise ArtifactError(f"predictions cannot be written to {path}: {error.strerror or error}.") from error
-    finally:
-        with suppress(OSError):
-            partial.unlink()
 
 
 def read_predictions(path: str | os.PathLike[str]) -> Predictions:

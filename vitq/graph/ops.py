@@ -189,9 +189,7 @@ def _einsum_unsupported(equation: str, *tensors: Any) -> str:
 
 def _left(name: str) -> Product:
     """A function that multiplies matrices and is not taken apart: found, counted, and left in float."""
-    return Product(
-        name, lambda *a, **k: {}, lambda *a, **k: None, lambda *a, **k: 0, unsupported=lambda *a, **k: name
-    )
+    return Product(name, lambda *a, **k: {}, lambda *a, **k: None, lambda *a, **k: 0, unsupported=lambda *a, **k: name)
 
 
 LINEAR = Product(

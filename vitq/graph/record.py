@@ -198,8 +198,9 @@ class _Recorder(TorchFunctionMode):
             if name not in self.log.order:
                 self.log.order.append(name)
             if not self.stack:
-                # What the caller made of the example (a tensor of an array) is an input as well.
-                fresh = {self.number(t) for t in _tensors((args, kwargs)) if id(t) not in self._numbers}
+                # What the caller made of an example without tensors, or of an array in it, is an input as well.
+                given, all_of_them = _tensors((args, kwargs)), not self.log.inputs
+                fresh = {self.number(t) for t in given if all_of_them or id(t) not in self._numbers}
                 self.log.inputs |= fresh
                 self._dynamic |= fresh
             self.stack.append((name, {}))

@@ -15,6 +15,7 @@ from vitq.core.errors import TraceError
 from vitq.core.site import REASON_CONSTANT, REASON_UNSUPPORTED, Call, Graph, NormLinear, Site
 from vitq.graph import flow
 from vitq.graph.blocks import block_of, find_blocks
+from vitq.graph.insert import QuantizedOwner
 from vitq.graph.record import OUTSIDE, Node, Record, record
 from vitq.graph.roles import axes_of, inner_role, is_attention, operand_role
 
@@ -28,8 +29,10 @@ def trace(model: nn.Module, example: Any, forward_fn: ForwardFn = default_forwar
         forward_fn: (model, batch) -> output.
 
     Raises:
-        TraceError: the model does not run on the example.
+        TraceError: the model does not run on the example, or is quantized already.
     """
+    if any(isinstance(module, QuantizedOwner) for module in model.modules()):
+        raise TraceError("this model is quantized already: trace the float model, or detach the quantizers first")
     run: Callable[[nn.Module], Any] = lambda m: forward_fn(m, example)  # noqa: E731
     try:
         log = record(model, run, example)

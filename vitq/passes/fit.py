@@ -76,6 +76,12 @@ class Fit(Pass):
         images = None if len(data.sizes) == 1 else data.count
         last = _Last()
         FLOWS[self.flow](qmodel, rest, lambda site: self._watcher(qmodel, site, images, last), data, progress)
+        missed = [site.id for site in rest if not qmodel.quantizers[site].fitted]
+        if missed:
+            raise DataError(
+                f"{len(missed)} sites saw no values, for example {missed[0]}: the model took another way than when it "
+                f"was traced"
+            )
         for site in rest:
             qmodel.quantizers[site].state = "on"
 
@@ -119,7 +125,10 @@ class _Fitting:
         if self.same_as is not None:
             self.params = self.same_as.params
         else:
-            self.params = self.search.params(self.quantizer, self.sketch.statistics())
+            try:
+                self.params = self.search.params(self.quantizer, self.sketch.statistics())
+            except DataError as error:
+                raise DataError(f"{self.site.id}: {error}") from None
             self.sketch = self.search.sketch(self.quantizer)  # free what was gathered
         self.quantizer.set_params(self.params)
         self.quantizer.state = "on"

@@ -2,13 +2,15 @@
 
 Shapes:  x, code, value  any      scale  broadcastable to x
 Units:   a code counts steps of `base` below scale; code 0 is the largest value
-Formula: code = clamp(round(-log_base(x / scale)), 0, last); value = scale * base**-code, and 0 for the zero code
+Formula: code = clamp(round(-log_base(x / scale)), 0, 2**bits - 2), or 2**bits - 1 for zero; value = scale * base**-code
 Source:  base 2        FQ-ViT,   arXiv 2111.13824
          base sqrt(2)  RepQ-ViT, arXiv 2212.08254
 
 Differs from the papers' code, all of which use 2**bits codes *and* send what lies beyond them to zero, that
-is 2**bits + 1 values: here the last code means zero. `extra_zero_level=True` reproduces theirs (parity mode);
-such a format has no bits-wide form and export refuses it.
+is 2**bits + 1 values: here the last code means zero. What becomes zero is the same as in theirs (from 2**bits - 1/2
+steps below the scale on); what would have had the code that now means zero goes to its neighbour, the smallest
+level. `extra_zero_level=True` reproduces theirs (parity mode); such a format has no bits-wide form and export
+refuses it.
 """
 
 from __future__ import annotations
@@ -57,25 +59,27 @@ class _LogQuantizer(Quantizer):
         """Nearest code in the logarithmic domain; zero and what is too small get the zero code."""
         # softmax can return exactly 0, whose logarithm is -inf; the floor keeps gradients finite.
         exponent = (x / params["scale"]).clamp(min=2.0**MIN_LOG2).log2()
-        return round_ste(exponent * -self.steps).clamp(0, self.zero_code)
+        steps = round_ste(exponent * -self.steps).clamp(0, 2**self.bits)
+        return torch.where(steps >= 2**self.bits, float(self.zero_code), steps.clamp(max=self.zero_code - 1))
 
     def decode_with(self, code: Tensor, params: Params) -> Tensor:
         """scale * base**-code; the zero code is 0."""
         value = params["scale"] * torch.exp2(code / -self.steps)
-        return torch.where(self._is_zero(code), 0.0, value)
+        return torch.where(code >= min(self.zero_code, self._underflow), 0.0, value)
 
     def simulate_with(self, x: Tensor, params: Params) -> Tensor:
         """decode(encode(x)), in place where there are no gradients."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self.decode_with(self.encode_with(x, params), params)
-        code = torch.div(x, params["scale"]).clamp_(min=2.0**MIN_LOG2).log2_()
-        code = code.mul_(-self.steps).round_().clamp_(0, self.zero_code)
-        zero = self._is_zero(code)
-        return code.div_(-self.steps).exp2_().mul_(params["scale"]).masked_fill_(zero, 0.0)
+        steps = torch.div(x, params["scale"]).clamp_(min=2.0**MIN_LOG2).log2_()
+        steps = steps.mul_(-self.steps).round_().clamp_(0, 2**self.bits)
+        zero = steps.ge(min(2**self.bits, self._underflow))
+        return steps.clamp_(max=self.zero_code - 1).div_(-self.steps).exp2_().mul_(params["scale"]).masked_fill_(zero, 0.0)
 
-    def _is_zero(self, code: Tensor) -> Tensor:
+    @property
+    def _underflow(self) -> int:
         # Codes that would denote subnormal numbers are zero, too: 2**-255 does not exist in float32.
-        return code.ge(min(self.zero_code, int(-MIN_LOG2 * self.steps)))
+        return int(-MIN_LOG2 * self.steps)
 
 
 @QUANTIZERS.register("log2")

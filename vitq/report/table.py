@@ -7,13 +7,14 @@ A README keeps no number typed by hand: what stands between <!-- vitq:NAME --> a
 from __future__ import annotations
 
 import csv
+import io
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
 from vitq.core.errors import ArtifactError, DataError, InputError
+from vitq.core.files import write_text
 
 
 def read_results(path: str | os.PathLike[str]) -> list[dict[str, str]]:
@@ -124,24 +125,17 @@ def _read(path: Path) -> tuple[list[str], list[dict[str, str]]]:
 
 
 def _write(path: Path, columns: list[str], rows: Sequence[Mapping[str, str]]) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     # The csv module (seen in Python 3.11) leaves a bare carriage return unquoted, which ends the row.
     cells = (cell for row in rows for cell in (*row, *row.values()))
     quoting: Literal[0, 1] = csv.QUOTE_ALL if any("\r" in cell for cell in cells) else csv.QUOTE_MINIMAL
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n", quoting=quoting)
+    writer.writeheader()
+    writer.writerows(rows)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, columns, restval="", lineterminator="\n", quoting=quoting)
-            writer.writeheader()
-            writer.writerows(rows)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        write_text(path, text.getvalue())
     except OSError as error:
         raise ArtifactError(f"results cannot be written to {path}: {error.strerror or error}.") from error
-    finally:
-        with suppress(OSError):
-            partial.unlink()
 
 
 def _key(row: Mapping[str, str], key: Sequence[str]) -> tuple[str, ...]:

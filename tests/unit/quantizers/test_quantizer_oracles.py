@@ -93,11 +93,12 @@ def test_log_codes_and_values_are_those_of_the_formula(
     theirs.set_params({"scale": torch.tensor(scale)})
     assert torch.equal(theirs.encode(x)[sure].double(), code.clamp(max=2**bits)[sure])
     torch.testing.assert_close(theirs.decode(theirs.encode(x))[sure].double(), value[sure], rtol=1e-6, atol=0)
-    ours = kind(bits)  # differs from it in exactly one code: the last means zero
+    ours = kind(bits)  # zero begins where theirs does; the code that means zero gives its values to its neighbour
     ours.set_params({"scale": torch.tensor(scale)})
-    last = 2**bits - 1
-    assert torch.equal(ours.encode(x)[sure].double(), code.clamp(max=last)[sure])
-    expected = torch.where(code >= last, 0.0, value)
+    last, zero = 2**bits - 2, code >= 2**bits
+    expected_code = torch.where(zero, 2.0**bits - 1, code.clamp(max=last))
+    assert torch.equal(ours.encode(x)[sure].double(), expected_code[sure])
+    expected = torch.where(zero, 0.0, true_scale * 2.0 ** (-code.clamp(max=last) / steps))
     torch.testing.assert_close(ours.decode(ours.encode(x))[sure].double(), expected[sure], rtol=1e-6, atol=0)
 
 
