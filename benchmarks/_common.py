@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from vitq.data.images import ImageSet, open_images
 from vitq.data.source import LoadedModel, load_model
+from vitq.evaluate.classify import ClassifyResult
 
 Pair = tuple[float, float]  # ours, reference
 ROOT = Path(__file__).resolve().parent.parent
@@ -121,6 +122,13 @@ def medians(pairs: Sequence[Pair]) -> dict[str, str]:
 def text(value: float) -> str:
     """Whole numbers in full, others to five digits."""
     return str(value) if isinstance(value, int) else f"{value:.5g}"
+
+
+def top(found: ClassifyResult) -> dict[str, Any]:
+    """Top-1 with its interval, and top-5."""
+    json = found.to_json()
+    low, high = json["top1_interval"]
+    return {"top1": json["top1"], "top1_low": low, "top1_high": high, "top5": json["top5"]}
 
 
 def over_seeds(values: list[Tensor]) -> Tensor:

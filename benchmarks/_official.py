@@ -16,6 +16,7 @@ import contextlib
 import importlib
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -31,6 +32,16 @@ Watch = Callable[[str, str, nn.Module, Tensor, Tensor], None]
 
 class OfficialError(Exception):
     """There is no official code that could be run."""
+
+
+@dataclass
+class Side:
+    """Parameters and codes of one site as one implementation has them."""
+
+    scale: Tensor
+    zero_point: Tensor | None
+    codes: Tensor
+    values: Tensor
 
 
 class Official:
@@ -128,6 +139,16 @@ class Official:
                     seen(name, module, args[0].detach(), out.detach())
 
                 module.register_forward_hook(hook)
+
+
+def official_side(quantizer: Any, out: Tensor) -> Side:
+    """The official code keeps no codes: undo its last step, which is value = delta * level."""
+    delta, zero_point = quantizer.delta, getattr(quantizer, "zero_point", None)
+    if zero_point is None:
+        steps = (-2 * (out / delta).log2()).round()
+        codes = torch.where(out == 0, float(quantizer.n_levels), steps)
+        return Side(delta.reshape(-1), None, codes, out)
+    return Side(delta.reshape(-1), zero_point.reshape(-1), out / delta + zero_point, out)
 
 
 def _neutral_step_for_constants(cls: Any) -> None:

@@ -18,13 +18,14 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from _common import IMAGES, MODEL, SPLITS, Shared, Steps, bootstrap, over_seeds, parser, provenance, results_folder
+from _common import IMAGES, MODEL, SPLITS, Shared, Steps, bootstrap, over_seeds, parser, provenance, results_folder, top
 from torch import Tensor
 
 import vitq
@@ -40,6 +41,7 @@ PARITY = "repq_vit_parity"
 PEER = "repq-vit"
 RECIPES = ("minmax", "percentile", "repq_vit", PARITY)
 LIMITS = {"w4a4": -3.0, "w6a6": -1.5}  # of the lower end of ours minus official code, in points
+MEASURED = ("top1_float", "recovery", "agreement", "logit_kl", "seconds", "bytes", "weight_bits", "act_bits")
 KEY = ("model", "recipe", "bits", "seed", "split")
 PAIRED_KEY = (*KEY, "peer")
 
@@ -49,7 +51,7 @@ class Scores:
     """One model on one split, image by image."""
 
     result: ClassifyResult
-    against: dict[str, float]  # top1_float, recovery, agreement, logit_kl
+    against: dict[str, float]  # the float model: its top-1, recovery, agreement, KL
 
 
 @dataclass
@@ -85,11 +87,12 @@ class Bench:
     def _calibration(self, seed: int) -> Tensor:
         return self.shared.calibration(seed).subset(range(self.calib)).tensor(self.loaded.preprocess)
 
-    def record(self, split: str, count: int, kind: str) -> dict[str, Any]:
-        """Where a number comes from."""
-        known = {"kind": kind, "evaluation": f"{count} of imagenet_sample/{split}"} | self.shared.weights()
-        lists = f"{self.calib} of calibration_seed<seed>.txt" if kind == "simulated" else ""
-        return known | {"calibration": lists} | provenance()
+    def record(self, where: Mapping[str, Any], count: int) -> dict[str, Any]:
+        """Where a number comes from; the float model has no seed."""
+        seeds = str(where["seed"]).replace(" ", ",")
+        lists = f"{self.calib} of calibration_seed{'{' + seeds + '}' if ',' in seeds else seeds}.txt" if seeds else ""
+        kind, photos = "simulated" if seeds else "float", f"{count} of imagenet_sample/{where['split']}"
+        return {"kind": kind, "evaluation": photos} | self.shared.weights() | {"calibration": lists} | provenance()
 
     def there(self, recipe: str, bits: str) -> bool:
         """Whether this very code has measured a group already; its last row tells."""
@@ -98,8 +101,8 @@ class Bench:
             return False
         images = sum(len(batch.ids) for split in self.splits for batch in self.batches(split))
         wanted = {"model": MODEL, "recipe": recipe, "bits": bits, "commit": commit, **self.pooled}
-        wanted |= {k: str(v) for k, v in self.record(self.pooled["split"], images, "simulated").items()
-                   if k in ("weights_sha256", "calibration", "evaluation", "cpu", "torch", "threads")}  # fmt: skip
+        same = self.record(self.pooled, images)
+        wanted |= {key: str(value) for key, value in same.items() if key != "load_before"}
         known = any(all(row.get(k) == v for k, v in wanted.items()) for row in read_results(file))
         return known and all(f.exists() for s in self.seeds for p in self.splits for f in self.kept(recipe, bits, s, p))
 
@@ -114,7 +117,7 @@ class Bench:
             found = evaluate_classifier(self.loaded.model, self.batches(split), keep_logits=True)
             self.floats[split] = found
             row = {"model": MODEL, "recipe": "float", "bits": "", "seed": "", "split": split, "images": found.images}
-            rows.append(row | top(found) | self.record(split, found.images, "float"))
+            rows.append(row | top(found) | dict.fromkeys(MEASURED, "") | self.record(row, found.images))
             self.steps.step(f"float on {split}: top-1 {found.top1:.2f} %")
         append_rows(self.out / "accuracy.csv", rows, KEY)
 
@@ -132,9 +135,9 @@ class Bench:
                 found = scores[seed, split] = self.score(qmodel, split)
                 for file in self.kept(recipe, bits, seed, split):
                     write_predictions(file, found.result.predictions)
-                where = {"model": MODEL, "recipe": recipe, "bits": bits, "seed": seed, "split": split}
-                row = where | {"images": found.result.images} | top(found.result) | found.against
-                rows.append(row | cost | self.record(split, found.result.images, "simulated"))
+                row = {"model": MODEL, "recipe": recipe, "bits": bits, "seed": seed, "split": split}
+                row |= {"images": found.result.images} | top(found.result) | found.against
+                rows.append(row | cost | self.record(row, found.result.images))
                 append_rows(self.out / "accuracy.csv", rows[-1:], KEY)
             said = ", ".join(f"{s} {scores[seed, s].result.top1:.2f}" for s in self.splits)
             self.steps.step(f"{recipe} {bits} seed {seed}: top-1 {said} %, calibrated in {cost['seconds']:.1f} s")
@@ -169,13 +172,13 @@ class Bench:
         right = {where: found.result.predictions.correct for where, found in scores.items()}
         correct = torch.cat([over_seeds([right[s, p] for s in self.seeds]) for p in self.splits])
         top1, low, high = bootstrap(correct)
-        weight = [row["images"] / sum(r["images"] for r in rows) for row in rows]
+        total = sum(row["images"] for row in rows)
         row = rows[0] | self.pooled | {"images": len(correct), "top1": top1, "top1_low": low, "top1_high": high}
         for key in ("top5", "top1_float", "agreement", "logit_kl"):
-            row[key] = round(sum(w * r[key] for w, r in zip(weight, rows, strict=True)), 4)
+            row[key] = round(sum(r["images"] * r[key] for r in rows) / total, 4)
         row |= {"recovery": round(top1 / row["top1_float"], 4), "bytes": max(r["bytes"] for r in rows)}
         row["seconds"] = statistics.median(r["seconds"] for r in rows)
-        return row | self.record(self.pooled["split"], len(correct), "simulated")
+        return row | self.record(self.pooled, len(correct))
 
     def pair(self, recipe: str, bits: str, scores: dict[tuple[int, str], Scores]) -> None:
         """Ours minus official code: each split and seed, and all of them."""
@@ -200,17 +203,11 @@ class Bench:
 
     def paired_row(self, recipe: str, bits: str, values: Tensor, limit: float | None, **where: Any) -> dict[str, Any]:
         mean, low, high = bootstrap(values)
+        met = "" if limit is None else "yes" if low > limit else "no"
         row = {"model": MODEL, "recipe": recipe, "bits": bits, **where, "peer": PEER, "images": len(values)}
-        row |= {"mean": mean, "low": low, "high": high, "limit": limit}
-        row["met"] = "" if limit is None else "yes" if low > limit else "no"
-        return row | self.record(where["split"], len(values), "simulated")
-
-
-def top(found: ClassifyResult) -> dict[str, Any]:
-    """Top-1 with its interval, and top-5."""
-    json = found.to_json()
-    low, high = json["top1_interval"]
-    return {"top1": json["top1"], "top1_low": low, "top1_high": high, "top5": json["top5"]}
+        return (
+            row | {"mean": mean, "low": low, "high": high, "limit": limit, "met": met} | self.record(where, len(values))
+        )
 
 
 def main() -> int:

@@ -22,14 +22,16 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from _official import Official, OfficialError
+from _official import Official, OfficialError, Side, official_side
 from torch import Tensor, nn
 
 from vitq import quantize
@@ -81,16 +83,6 @@ class Row:
 
 
 @dataclass
-class Side:
-    """Parameters and codes of one site as one implementation has them."""
-
-    scale: Tensor
-    zero_point: Tensor | None
-    codes: Tensor
-    values: Tensor
-
-
-@dataclass
 class Parity:
     """Compares site by site while the official code runs.
 
@@ -99,6 +91,7 @@ class Parity:
         names: official quantizer -> our site.
         scales: channel scales and zero-points that the official code found, by site.
         official: its last scale and zero-point, by site.
+        norm_inputs: what the official model's folded norms were given last, by norm.
     """
 
     bits: str
@@ -109,32 +102,26 @@ class Parity:
     rows: list[Row] = field(default_factory=list)
     scales: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     official: dict[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+    norm_inputs: dict[str, Tensor] = field(default_factory=dict)
 
     def watch(self, stage: str, name: str, theirs: nn.Module, x: Tensor, out: Tensor) -> None:
         """Compare one quantizer on the tensor that the official one has just quantized."""
         site = self.names[name]
         quantizer = self._quantizer(site)
-        before = quantizer.layout.groups if quantizer.fitted else 0
         if site.role == roles.WEIGHT:
             self.fit.weight_search.fit(quantizer, x)
         elif stage == "calibrate":
             self.fit.search.fit(quantizer, x)
-        elif not before:
+        elif not quantizer.fitted:
             raise OfficialError(f"{name} is used for the first time after the reparameterization")
-        official = _official_side(theirs, out)
+        official = official_side(theirs, out)
         kind = _kind(site, quantizer)
         self.rows.append(_compared(Row(self.bits, stage, site.id, name, kind), _our_side(quantizer, x), official))
         self.official[site.id] = (official.scale, official.zero_point)
         if stage == "calibrate" and self.ours.formats[site.id].per == "channel" and official.zero_point is not None:
             self.scales[site.id] = (official.scale, official.zero_point)
-        if stage == "final" and site.param in self.folded_weights:
+        if stage == "final":
             self._folded_codes(site, official)
-
-    @property
-    def folded_weights(self) -> set[str | None]:
-        """Parameters that the reparameterization changes."""
-        sites = self.ours.graph.sites
-        return {sites[weight].param for pair in self._pairs() for weight in pair.weights}
 
     def folded(self, theirs: nn.Module) -> None:
         """Fold the official channel scales with our pass, and compare every changed parameter."""
@@ -142,12 +129,12 @@ class Parity:
             for site in pair.inputs:
                 scale, zero_point = self.scales[site]
                 self._quantizer(self.ours.graph.sites[site]).set_params({"scale": scale, "zero_point": zero_point})
-        pairs = self._pairs()
         self.fold.run(self.ours, None, Silent())
-        for pair in pairs:
+        for pair in self._pairs():
             names = [("gamma", f"{pair.norm}.weight"), ("beta", f"{pair.norm}.bias")]
             names += [("weight", str(self.ours.graph.sites[w].param)) for w in pair.weights]
             names += [("bias", str(b)) for b in pair.biases]
+            theirs.get_submodule(pair.norm).register_forward_hook(partial(self._note_input, pair.norm))
             for kind, name in names:
                 mine, other = self.ours.model.get_parameter(name).data, theirs.get_parameter(name).data
                 largest = float((mine - other).abs().max() / other.abs().max())
@@ -166,19 +153,33 @@ class Parity:
                     difference = quantizer.params()["zero_point"].reshape(-1) - zero_point
                     row.free_zero_point_diff = float(difference.abs().max())
 
+    def take_folded(self, qmodel: QuantModel, theirs: nn.Module) -> None:
+        """Copy the official folded norms and biases into our model: the one thing that is rounded differently."""
+        for pair in self._pairs():
+            for name in (f"{pair.norm}.weight", f"{pair.norm}.bias", *map(str, pair.biases)):
+                qmodel.model.get_parameter(name).data.copy_(theirs.get_parameter(name).data)
+
     def _pairs(self) -> list[Any]:
         return [p for p in self.ours.graph.pairs if set(p.inputs) <= set(self.scales)]
 
+    def _note_input(self, norm: str, module: nn.Module, args: tuple[Tensor], out: Tensor) -> None:
+        self.norm_inputs[norm] = args[0]
+
+    @torch.no_grad()
     def _folded_codes(self, site: Site, official: Side) -> None:
-        """Codes of the weight that we folded, against those of the weight that they folded."""
-        weight = self.ours.weight(site)
-        assert weight is not None
-        mine = copy.deepcopy(self._quantizer(site))
-        self.fit.weight_search.fit(mine, weight.data)
-        row = next(r for r in self.rows if r.stage == "fold" and r.site == site.param)
-        both = _compared(copy.copy(row), _our_side(mine, weight.data), official)
-        for name in ("scale_rel_diff", "scales_equal_share", "zero_point_diff", "codes_equal_share"):
-            setattr(row, name, getattr(both, name))
+        """Codes of what comes out of our folded norm, and of the weight we folded, against those of theirs."""
+        quantizer, x = self._quantizer(site), self.ours.weight(site)
+        for pair in self._pairs():
+            if site.id in pair.inputs:
+                normed = self.ours.model.get_submodule(pair.norm)(self.norm_inputs[pair.norm])
+                row = Row(self.bits, "fold", site.id, pair.norm, "folded norm output")
+                self.rows.append(_compared(row, _our_side(quantizer, normed), official))
+            elif site.id in pair.weights and x is not None:
+                quantizer = copy.deepcopy(quantizer)
+                self.fit.weight_search.fit(quantizer, x.data)
+                row = next(r for r in self.rows if r.stage == "fold" and r.site == site.param)
+                largest = row.value_rel_diff
+                _compared(row, _our_side(quantizer, x.data), official).value_rel_diff = largest
 
     def _quantizer(self, site: Site) -> Quantizer:
         quantizer = self.ours.quantizers[site]
@@ -193,16 +194,6 @@ def _our_side(quantizer: Quantizer, x: Tensor) -> Side:
         codes = quantizer.encode(x)
         values = quantizer.simulate_with(x, params)
     return Side(params["scale"].reshape(-1), None if zero_point is None else zero_point.reshape(-1), codes, values)
-
-
-def _official_side(quantizer: Any, out: Tensor) -> Side:
-    """The official code keeps no codes: undo its last step, which is value = delta * level."""
-    delta, zero_point = quantizer.delta, getattr(quantizer, "zero_point", None)
-    if zero_point is None:
-        steps = (-2 * (out / delta).log2()).round()
-        codes = torch.where(out == 0, float(quantizer.n_levels), steps)
-        return Side(delta.reshape(-1), None, codes, out)
-    return Side(delta.reshape(-1), zero_point.reshape(-1), out / delta + zero_point, out)
 
 
 def _compared(row: Row, ours: Side, official: Side) -> Row:
@@ -275,14 +266,15 @@ def summarize(rows: list[Row]) -> bool:
             print(f"        scales differ by at most {scale:.1e} (at least {exact:.1%} equal to the bit), ", end="")
             print(f"zero-points by {zero:.1e}; values of equal codes by {_worst(chosen, 'value_rel_diff', max):.1e}")
             print(f"        codes: {flips} of {n} differ, worst site {codes:.4%} equal")
-    for kind in ("folded gamma", "folded beta", "folded weight", "folded bias"):
-        chosen = [r for r in rows if r.stage == "fold" and r.kind == kind]
+    for kind in ("gamma", "beta", "weight", "bias", "norm output"):
+        chosen = [r for r in rows if r.stage == "fold" and r.kind == f"folded {kind}"]
         largest = _worst(chosen, "value_rel_diff", max)
-        codes = _worst(chosen, "codes_equal_share", min) if kind == "folded weight" else 1.0
+        coded = [r for r in chosen if r.codes_equal_share is not None]
+        codes = _worst(coded, "codes_equal_share", min) if coded else 1.0
         passed = bool(chosen) and largest <= FOLD and codes >= CODES
         every &= passed
-        also = f"; codes of the weight we folded: worst {codes:.4%} equal" if kind == "folded weight" else ""
-        print(f"{_word(passed)}  (b) {kind}, {len(chosen)} tensors: differ by at most {largest:.1e}{also}")
+        also = f"; codes of ours and theirs: worst {codes:.4%} equal" if coded else ""
+        print(f"{_word(passed)}  (b) folded {kind}, {len(chosen)} tensors: differ by at most {largest:.1e}{also}")
     return every
 
 
@@ -296,7 +288,8 @@ def report_free(rows: list[Row]) -> None:
 
 
 def _worst(rows: list[Row], name: str, choose: Callable[[list[float]], float]) -> float:
-    return choose([getattr(r, name) for r in rows if getattr(r, name) is not None] or [0.0])
+    values = [getattr(r, name) for r in rows if getattr(r, name) is not None] or [0.0]
+    return choose(values) if all(map(math.isfinite, values)) else math.nan  # no requirement holds for NaN
 
 
 def _word(passed: bool) -> str:
@@ -320,11 +313,12 @@ def run(official: Official, shared: Path, bits: str, seed: int, count: int) -> t
     assert widths.weight is not None
     assert widths.act is not None
 
-    print(f"{bits}, seed {seed}, {count} images, {MODEL}")
+    print(f"{bits}, seed {seed}, {count} images, {MODEL}", flush=True)
     parity = start(loaded, bits, images, seed)
     model = copy.deepcopy(loaded.model)
     theirs = official.run(model, images, widths.weight, widths.act, seed, parity.watch, parity.folded)
-    unseen = set(parity.names) - {r.official for r in parity.rows if r.stage == "final"}
+    seen = {(r.stage, r.official) for r in parity.rows}
+    unseen = {name for name in parity.names if not {("calibrate", name), ("final", name)} <= seen}
     if unseen:
         raise OfficialError(f"sites without an official counterpart: {', '.join(sorted(unseen))}")
     ours = quantize(loaded.model, "repq_vit", bits, [images], options={"parity": True}, seed=seed)
@@ -334,6 +328,9 @@ def run(official: Official, shared: Path, bits: str, seed: int, count: int) -> t
     ablate = open_images(sample / "ablate")
     a, b = predict(ours, ablate, loaded), predict(theirs, ablate, loaded)
     print(f"      free run on ablate, ours and official: {agreement(a, b)}")
+    parity.take_folded(ours, theirs)
+    a = predict(ours, ablate, loaded)
+    print(f"      the same with their rounding of folded betas and biases in ours: {agreement(a, b)}")
     stored = peers / "ablate" / f"repq-vit_{bits}_seed{seed}.csv"
     if stored.exists() and count == len(files):
         print(f"      official here and the stored peer predictions: {agreement(b, read_predictions(stored))}")

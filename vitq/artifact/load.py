@@ -87,7 +87,7 @@ def _assemble(
     formats = {names.site(s): Format.from_json(f) for s, f in config.formats.items()}
     qmodel = insert(model, graph, Plan.from_json(config.plan), formats)
     for number, entry in enumerate(config.rewrites):
-        values = {k: v.to(device) for k, v in parts.below(f"rewrite/{number}/").items()}
+        values = {name: parts.take(f"rewrite/{number}/{name}").to(device) for name in entry.tensors}
         rewrite = REWRITES[entry.name](names.arguments(entry.args), values)
         rewrite.prepare(model)
         if keep_float:

@@ -40,10 +40,11 @@ class Packed:
 
 @dataclass(frozen=True)
 class StoredRewrite:
-    """A rewrite's registered name and arguments; its tensors are `rewrite/<n>/<name>`."""
+    """A rewrite's registered name, arguments and the names of its tensors, which are `rewrite/<n>/<name>`."""
 
     name: str
     args: dict[str, Any]
+    tensors: list[str]
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ def describe(
         plan=qmodel.plan.to_json(),
         formats={site: fmt.to_json() for site, fmt in qmodel.formats.items()},
         graph=qmodel.graph.signature(),
-        rewrites=[StoredRewrite(r.name, r.args) for r in qmodel.rewrites],
+        rewrites=[StoredRewrite(r.name, r.args, sorted(r.tensors)) for r in qmodel.rewrites],
         packed=packed,
         example=qmodel.example,
         source=qmodel.source,

@@ -38,6 +38,10 @@ def demo(
     The embedded models have random weights drawn from a seed, so the table shows agreement with the float
     model, not accuracy. Where real weights and photos are beside the checkout, DeiT-Tiny is quantized, too, and
     measured on 400 photos.
+
+        vitq demo
+
+        vitq demo --out out/demo --shared ../shared --json demo.json
     """
     say = Say(quiet)
     check_outputs(json)

@@ -310,7 +310,8 @@ def check_order(recipe: Recipe) -> None:
         step = spec.build()
         missing = step.needs - facts
         if missing:
-            later = [p.name for p in recipe.passes if p.build().gives & missing]
+            built = [(p.name, p.build()) for p in recipe.passes]
+            later = [name for name, other in built if other.gives & missing and not other.needs & missing]
             advice = f"move {later[0]!r} before it" if later else f"add a pass that gives {', '.join(sorted(missing))}"
             raise CompositionError(
                 f"recipe {recipe.name!r}: pass {spec.name!r} needs {', '.join(sorted(missing))}, which no earlier "

@@ -98,7 +98,7 @@ class UniformQuantizer(Quantizer):
             return torch.clamp(round_ste(x / scale), low, high) * scale
         # Without gradients the same arithmetic runs in place: one new tensor instead of four.
         y = torch.div(x, scale).round_()
-        if zero_point.numel() == 1:
+        if zero_point.numel() == 1 and not zero_point.is_cuda:  # two numbers clamp faster; on CUDA they would wait
             y.clamp_(low.item(), high.item())
         else:
             y.clamp_(low, high)

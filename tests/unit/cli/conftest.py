@@ -41,6 +41,7 @@ class Answer:
 
 
 Run = Callable[..., Answer]
+Quantize = Callable[..., Answer]
 
 
 def write_images(root: Path, count: int, seed: int, *, classes: int = CLASSES) -> Path:
@@ -109,3 +110,16 @@ def not_reached(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(vitq.cli.quantize, "quantize", reached)
     monkeypatch.setattr(vitq.cli.evaluate, "quantize", reached)
+
+
+@pytest.fixture
+def quantize(run: Run, photos: Path, tmp_path: Path, not_reached: None) -> Quantize:
+    """vitq quantize with one thing wrong; quantizing must not begin, and nothing may be written."""
+
+    def ask(*words: str | Path, model: str = "zoo:seeded_vit", calib: Path | None = None) -> Answer:
+        out = tmp_path / "out"
+        answer = run("quantize", model, "--calib", calib or photos / "calib", "--calib-size", "8", "--out", out, *words)
+        assert not out.exists()
+        return answer
+
+    return ask

@@ -294,7 +294,9 @@ def test_same_seed_gives_the_same_bytes_and_another_seed_other_images(run: Run, 
     assert drawn[0] == open_images(photos / "calib", labels="none").sample(8, 0).ids
 
 
-def test_quiet_prints_nothing_when_all_is_well(run: Run, artifact: Path, weights: Path, photos: Path, tmp_path: Path) -> None:
+def test_quiet_prints_nothing_when_all_is_well(
+    run: Run, artifact: Path, weights: Path, photos: Path, tmp_path: Path
+) -> None:
     calib = ("--calib", photos / "calib", "--calib-size", "4")
     commands: list[tuple[str | Path, ...]] = [
         ("recipes",),

@@ -111,7 +111,11 @@ def passes(spec: str) -> list[str]:
 
 def test_passes_run_in_slot_order_whatever_the_order_written() -> None:
     expected = ["t_turn", "fit", "fold_norm_scale", "fit", "t_round", "t_repay"]
-    for spec in ("repq_vit+t_turn+t_round+t_repay", "repq_vit+t_repay+t_round+t_turn", "repq_vit + t_round+ t_turn+t_repay"):
+    for spec in (
+        "repq_vit+t_turn+t_round+t_repay",
+        "repq_vit+t_repay+t_round+t_turn",
+        "repq_vit + t_round+ t_turn+t_repay",
+    ):
         assert passes(spec) == expected
         assert resolve_recipe(spec, W4A4).name == "repq_vit+t_turn+t_round+t_repay"
 
@@ -207,7 +211,10 @@ def recipe_of(*names: str) -> Recipe:
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (("t_needs_acts", "fit"), "pass 't_needs_acts' needs activation scales, which no earlier pass gives; move 'fit' before it"),
+        (
+            ("t_needs_acts", "fit"),
+            "pass 't_needs_acts' needs activation scales, which no earlier pass gives; move 'fit' before it",
+        ),
         (("t_round",), "needs weight scales.*add a pass that gives weight scales"),
         (("fit", "t_drops", "t_round"), "'t_round' needs weight scales"),
         (("fit", "t_drops"), "leaves weight scales unfitted; end with"),
@@ -232,7 +239,9 @@ def test_a_pass_with_an_option_that_it_does_not_have_is_refused() -> None:
         PassSpec.of("fold_norm_scal").build()
 
 
-@pytest.mark.parametrize(("options", "message"), [({"flow": "prefixx"}, "parallel, prefix"), ({"method": "best"}, "minmax")])
+@pytest.mark.parametrize(
+    ("options", "message"), [({"flow": "prefixx"}, "parallel, prefix"), ({"method": "best"}, "minmax")]
+)
 def test_a_fit_option_with_an_unknown_value_is_refused_before_any_work(options: dict[str, str], message: str) -> None:
     made = Recipe("r", "none", (Rule(Format("uniform", 4)),), (PassSpec.of("fit", **options),))
     with pytest.raises((CompositionError, InputError), match=message):

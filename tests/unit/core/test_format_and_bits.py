@@ -29,7 +29,8 @@ def test_sixteen_and_more_bits_all_mean_float() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "4", "w4", "a4", "a4w4", "w4a", "wa", "w4a4x", "w4 a4", "4/4", "w-4a4", "w4.5a4", "int8", "w4a4w4a4", "float"]
+    "text",
+    ["", "4", "w4", "a4", "a4w4", "w4a", "wa", "w4a4x", "w4 a4", "4/4", "w-4a4", "w4.5a4", "int8", "w4a4w4a4", "float"],
 )
 def test_what_is_not_bits_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(InputError, match="write for example w4a4"):
@@ -79,13 +80,17 @@ def test_formats_of_no_sensible_width_are_refused(bits: int) -> None:
         Format("uniform", bits)
 
 
-@pytest.mark.parametrize("per", ["", "row", "group", "group:", "group:0", "group:-4", "group:08", "group:4x", "Channel", "channel "])
+@pytest.mark.parametrize(
+    "per", ["", "row", "group", "group:", "group:0", "group:-4", "group:08", "group:4x", "Channel", "channel "]
+)
 def test_unknown_granularities_are_refused(per: str) -> None:
     with pytest.raises(InputError, match="granularity"):
         Format("uniform", 4, per)
 
 
-@pytest.mark.parametrize("data", [{}, {"kind": "uniform"}, {"bits": 4}, {"kind": "uniform", "bits": 4, "pre": "tensor"}])
+@pytest.mark.parametrize(
+    "data", [{}, {"kind": "uniform"}, {"bits": 4}, {"kind": "uniform", "bits": 4, "pre": "tensor"}]
+)
 def test_json_that_is_no_format_is_refused(data: dict[str, object]) -> None:
     with pytest.raises(InputError, match="not a format"):
         Format.from_json(data)

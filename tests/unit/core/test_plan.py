@@ -40,7 +40,9 @@ ACT, WEIGHT = Format("uniform", 4), Format("uniform", 4, "channel")
 RECIPE = Recipe("r", "arXiv", (Rule(ACT), Rule(WEIGHT, (roles.WEIGHT,))), ())
 
 
-def assign(*rules: Rule, exclude: tuple[str, ...] = (), overrides: tuple[str, ...] = (), scope: tuple[str, ...] = ()) -> Assignment:
+def assign(
+    *rules: Rule, exclude: tuple[str, ...] = (), overrides: tuple[str, ...] = (), scope: tuple[str, ...] = ()
+) -> Assignment:
     made = replace(RECIPE, formats=RECIPE.formats + rules)
     return Plan(made, "w4a4", exclude, parse_overrides(overrides), scope).assign(GRAPH)
 
@@ -173,7 +175,9 @@ def test_nothing_left_to_quantize_is_an_error() -> None:
 def test_recipe_and_plan_survive_json(name: str, bits: str) -> None:
     built = resolve_recipe(name, Bits.parse(bits))
     assert Recipe.from_json(json.loads(json.dumps(built.to_json()))) == built
-    plan = Plan(built, bits, ("head", "role=VALUE"), parse_overrides(["role=FC2_IN:w8a8", "head:float"]), ("blocks",), 7)
+    plan = Plan(
+        built, bits, ("head", "role=VALUE"), parse_overrides(["role=FC2_IN:w8a8", "head:float"]), ("blocks",), 7
+    )
     again = Plan.from_json(json.loads(json.dumps(plan.to_json())))
     assert again == plan
     assert again.passes == built.passes

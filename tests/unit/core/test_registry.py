@@ -19,7 +19,9 @@ TOP = "throw_away_methods"
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     package = tmp_path / TOP
     package.mkdir()
-    (package / "__init__.py").write_text("from vitq.core.registry import Registry\nTHINGS = Registry('thing', __name__)\n")
+    (package / "__init__.py").write_text(
+        "from vitq.core.registry import Registry\nTHINGS = Registry('thing', __name__)\n"
+    )
     monkeypatch.syspath_prepend(str(tmp_path))
     importlib.invalidate_caches()
     yield package
@@ -44,7 +46,7 @@ def test_adding_a_file_registers_it_also_in_a_subfolder(folder: Path) -> None:
     assert list(things()) == ["one", "two"]
     assert "two" in things()
     assert "three" not in things()
-    with pytest.raises(UnknownNameError, match="unknown thing 'onee'. Did you mean 'one'"):
+    with pytest.raises(UnknownNameError, match=r"unknown thing 'onee'\. Did you mean 'one'"):
         things()["onee"]
 
 

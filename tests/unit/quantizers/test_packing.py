@@ -17,7 +17,9 @@ BITS = (1, 2, 3, 4, 5, 6, 7, 8)
 
 @given(st.data(), st.sampled_from(BITS), st.integers(0, 67))
 def test_codes_survive_and_take_exactly_their_bits(data: st.DataObject, bits: int, count: int) -> None:
-    codes = torch.tensor(data.draw(st.lists(st.integers(0, 2**bits - 1), min_size=count, max_size=count)), dtype=torch.int64)
+    codes = torch.tensor(
+        data.draw(st.lists(st.integers(0, 2**bits - 1), min_size=count, max_size=count)), dtype=torch.int64
+    )
     packed = pack(codes, bits)
     assert packed.dtype == torch.uint8
     assert packed.numel() == packed_size(count, bits) == math.ceil(count * bits / 8)

@@ -1,4 +1,4 @@
-"""Each format against its formula in float64, written from the papers' text (reference/methods-1.md, sections 0 and 3)."""
+"""Each format against its formula in float64, from the text of reference/methods-1.md, sections 0 and 3."""
 
 from __future__ import annotations
 
@@ -51,7 +51,9 @@ def away_from_ties(position: Tensor, margin: float = 1e-3) -> Tensor:
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize(("low", "high"), [(-1.0, 3.0), (0.0, 7.7), (-5.0, -0.5), (2.0, 3.0), (-1e-4, 1e-4), (-9e6, 1e6)])
+@pytest.mark.parametrize(
+    ("low", "high"), [(-1.0, 3.0), (0.0, 7.7), (-5.0, -0.5), (2.0, 3.0), (-1e-4, 1e-4), (-9e6, 1e6)]
+)
 def test_affine_codes_and_values_are_those_of_the_formula(bits: int, low: float, high: float) -> None:
     quantizer = UniformQuantizer(bits)
     quantizer.set_params(quantizer.range_to_params(torch.tensor([low]), torch.tensor([high])))
@@ -76,7 +78,7 @@ def test_symmetric_codes_and_values_are_those_of_the_formula(bits: int, magnitud
     torch.testing.assert_close(quantizer.decode(quantizer.encode(x))[sure].double(), value[sure], rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("bits", (2, 3, 4, 6))
+@pytest.mark.parametrize("bits", [2, 3, 4, 6])
 @pytest.mark.parametrize("scale", [1.0, 0.37, 1e-3])
 @pytest.mark.parametrize(
     ("kind", "oracle", "steps"), [(Log2Quantizer, log2, 1), (LogSqrt2Quantizer, log_sqrt2, 2)], ids=["log2", "logsqrt2"]
@@ -85,7 +87,7 @@ def test_log_codes_and_values_are_those_of_the_formula(
     kind: type[Log2Quantizer | LogSqrt2Quantizer], oracle: object, steps: int, bits: int, scale: float
 ) -> None:
     assert callable(oracle)
-    x = torch.cat([torch.rand(3000) * 1.2 * scale, scale * torch.empty(3000).uniform_(-2.0**bits, 0.3).exp2()])
+    x = torch.cat([torch.rand(3000) * 1.2 * scale, scale * torch.empty(3000).uniform_(-(2.0**bits), 0.3).exp2()])
     true_scale = float(torch.tensor(scale))
     code, value = oracle(x, true_scale, bits)
     sure = away_from_ties(-steps * (x.double() / true_scale).log2())
@@ -117,9 +119,7 @@ def test_a_negative_value_has_no_logarithm_and_becomes_zero(kind: type[Log2Quant
     assert torch.equal(quantizer.decode(quantizer.encode(torch.tensor([-1.0, -1e-30, 0.0]))), torch.zeros(3))
 
 
-@given(
-    low=st.floats(-1e4, 1e4, width=32), width=st.floats(2.0**-10, 1e4, width=32), bits=st.sampled_from(BITS)
-)
+@given(low=st.floats(-1e4, 1e4, width=32), width=st.floats(2.0**-10, 1e4, width=32), bits=st.sampled_from(BITS))
 def test_an_affine_range_is_covered_to_half_a_step(low: float, width: float, bits: int) -> None:
     quantizer = UniformQuantizer(bits)
     ends = torch.tensor([low, low + width])
@@ -142,9 +142,9 @@ def test_a_constant_group_is_exact_and_its_zero_point_is_in_code_range(bits: int
     assert float(quantizer.decode(quantizer.encode(torch.zeros(1)))) == 0.0
 
 
-@pytest.mark.parametrize("bits", (4, 8, 16))
+@pytest.mark.parametrize("bits", [4, 8, 16])
 def test_a_range_finer_than_float32_resolves_still_gives_values_that_stay(bits: int) -> None:
-    """Found by this test: 2**24 steps away from zero, codes came in multiples of 16 and quantizing twice moved values."""
+    """2**24 steps away from zero codes come in multiples of 16, and quantizing twice moved values."""
     quantizer = UniformQuantizer(bits)
     ends = torch.tensor([1000.0, 1000.0 + 2e-3])
     quantizer.set_params(quantizer.range_to_params(ends[:1], ends[1:]))
