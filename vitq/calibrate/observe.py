@@ -10,6 +10,7 @@ Shapes:  G scale groups, n values of a group in one micro-batch
 from __future__ import annotations
 
 import math
+import mmap
 from dataclasses import dataclass
 
 import torch
@@ -75,13 +76,17 @@ class Sketch:
 
     Args:
         keep_all: keep every value, whatever the memory (parity with code that looks at all of them).
+        needs: "range" (minimum and maximum), "tails" (percentiles, too) or "sample" (candidates are scored, too).
         images: how many images will be seen in all, to know the size of the tails; None if only one
             micro-batch comes.
         one_sided: the range starts at zero, so the smallest values do not matter.
     """
 
-    def __init__(self, *, keep_all: bool = False, images: int | None = None, one_sided: bool = False) -> None:
+    def __init__(
+        self, *, keep_all: bool = False, images: int | None = None, one_sided: bool = False, needs: str = "sample"
+    ) -> None:
         self.keep_all = keep_all
+        self.needs = needs
         self.one_sided = one_sided
         self.images = images
         self._count = 0
@@ -104,18 +109,20 @@ class Sketch:
         if not bool(torch.isfinite(low).all() and torch.isfinite(high).all()):
             raise DataError("NaN or Inf among the values")
         if self._low is None or self._high is None:
-            self._low, self._high = low, high
+            self._low, self._high = _apart(low), _apart(high)
             self._plan(x.shape[0], x.shape[1], images)
         else:
             self._low, self._high = torch.minimum(self._low, low), torch.maximum(self._high, high)
         self._count += x.shape[1]
+        if self.needs == "range":
+            return
         if self._share >= 1.0:
-            self._bodies.append(x.clone())  # the model may go on to change it in place
+            self._bodies.append(_apart(x))  # the model may go on to change it in place
             return
         body, top, bottom = self._split(x)
-        self._bodies.append(body)
-        self._tops.append(top)
-        self._bottoms.append(bottom)
+        self._bodies.append(_apart(body if self.needs == "sample" else body[:, :0]))
+        self._tops.append(_apart(top))
+        self._bottoms.append(_apart(bottom))
         if len(self._tops) > 8:
             self._merge()
 
@@ -153,9 +160,9 @@ class Sketch:
         """
         if self._low is None or self._high is None:
             raise DataError("the site saw no values: the model took another way than when it was traced")
-        body = torch.cat(self._bodies, 1)
         ones = torch.ones_like(self._low)
-        if self._share >= 1.0:
+        body = torch.cat(self._bodies, 1) if self._bodies else self._low.new_empty(self._low.shape[0], 0)
+        if self._share >= 1.0 or self.needs == "range":
             none = body.new_empty(body.shape[0], 0)
             return Statistics(self._count, self._low, self._high, none, none, body.sort(dim=1).values, ones, True)
         self._merge()
@@ -168,6 +175,15 @@ class Sketch:
         weight = rest / inside.sum(1).clamp(min=1)
         body = torch.where(inside, body, math.nan)
         return Statistics(self._count, self._low, self._high, bottom, top, body, weight, False)
+
+
+def _apart(x: Tensor) -> Tensor:
+    """A copy in memory of its own. What stays between activations that come and go would keep the heap from
+    shrinking: on DeiT-Tiny, calibration in one go grew by 620 MiB instead of 125."""
+    if x.device.type != "cpu" or x.numel() == 0:
+        return x.clone()
+    own = torch.frombuffer(mmap.mmap(-1, x.nbytes), dtype=x.dtype).reshape(x.shape)
+    return own.copy_(x)
 
 
 def _largest(row: Tensor, sample: Tensor, size: int) -> Tensor:

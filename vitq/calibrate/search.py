@@ -37,7 +37,8 @@ class Search:
 
     def sketch(self, quantizer: Quantizer, images: int | None = None) -> Sketch:
         """What gathers the statistics that this search needs."""
-        return Sketch(keep_all=self.exact, images=images, one_sided=quantizer.one_sided)
+        needs = {"minmax": "range", "percentile": "tails"}.get(self.method, "sample")
+        return Sketch(keep_all=self.exact, images=images, one_sided=quantizer.one_sided, needs=needs)
 
     def params(self, quantizer: Quantizer, stats: Statistics) -> Params:
         """The best parameters, each (G,)."""

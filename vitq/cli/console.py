@@ -153,4 +153,12 @@ def write_json(path: Path | None, data: Mapping[str, Any]) -> None:
 
 def peak_rss_mb() -> float:
     """Largest resident memory of this process so far, MiB."""
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
+    # Linux's ru_maxrss starts at the peak of the process that started this one; VmHWM does not.
+    status = Path("/proc/self/status")
+    marks = (
+        [line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
+        if status.is_file()
+        else []
+    )
+    kib = int(marks[0]) if marks else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(kib / 1024, 1)

@@ -163,8 +163,10 @@ class QuantModel(nn.Module):
             bake: write decoded values into the weights. Without it, float weights stay and are quantized at
                 every forward, with the same result (`diagnose` needs them).
 
+        Every site is switched on.
+
         Raises:
-            NotFittedError: a site that is not switched off has no scale.
+            NotFittedError: a site has no scale.
         """
         for site in self.sites():
             quantizer = self.quantizers[site]
@@ -199,7 +201,8 @@ class QuantModel(nn.Module):
                 act_bits += count * quantizer.bits
                 act_values += count
         total = sum(p.numel() for p in self.model.parameters())
-        rest = (total - values) * 32
+        coded = {id(self.weight(s)) for s in self.sites()}
+        rest = sum(8 * p.nbytes for p in self.model.parameters() if id(p) not in coded)
         return {
             "weight": round((codes + side) / values, 4) if values else 32.0,
             "model": round((codes + side + rest) / total, 4) if total else 32.0,

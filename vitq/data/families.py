@@ -76,11 +76,17 @@ def _unknown(kind: str, name: str, known: Iterable[str], examples: Iterable[str]
     return UnknownNameError(kind, name, near or examples, advice)
 
 
+SAFE_KWARGS = frozenset({"num_classes", "img_size", "in_chans", "global_pool", "drop_rate", "drop_path_rate"})
+
+
 def from_timm(name: str, fetch: bool, num_classes: int | None, kwargs: Mapping[str, Any] | None = None) -> Built:
     """A timm model by name or name.tag; num_classes None keeps its own."""
     import timm
 
     kwargs = dict(kwargs or {})
+    if foreign := sorted(set(kwargs) - SAFE_KWARGS):
+        # The record may come from an artifact: nothing in it may name a file or a place to load from.
+        raise InputError(f"the record of timm model {name!r} has arguments that are not allowed there: {foreign}.")
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
         known = timm.list_models()

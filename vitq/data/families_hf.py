@@ -17,6 +17,8 @@ from vitq.data.families import Built, check_published_classes
 from vitq.data.hub import fail_fast, not_fetched
 from vitq.data.preprocess import Preprocess
 
+LOADS_CODE = frozenset({"auto_map", "attn_implementation", "experts_implementation", "custom_pipelines"})
+
 
 def from_hf(name: str, fetch: bool, num_classes: int | None) -> Built:
     """A Hugging Face image classifier by hub name or local folder; no code of the repository is run."""
@@ -45,8 +47,10 @@ def from_hf(name: str, fetch: bool, num_classes: int | None) -> Built:
 def from_hf_config(name: str, config: Mapping[str, Any]) -> Built:
     """The architecture that a stored configuration describes; needs no hub."""
     transformers = _transformers(name)
+    # The record may come from an artifact: what makes transformers load code is dropped from it.
+    safe = {k: v for k, v in config.items() if k not in LOADS_CODE and not k.startswith("_")}
     with _quiet(transformers):
-        return _hf_built(name, _hf_model(transformers, transformers.AutoConfig.for_model(**config)), None)
+        return _hf_built(name, _hf_model(transformers, transformers.AutoConfig.for_model(**safe)), None)
 
 
 def _transformers(name: str) -> Any:

@@ -60,10 +60,15 @@ def class_indices(names: list[str], num_classes: int | None, where: str) -> dict
     unless the model has exactly one class per folder; otherwise it is the rank among the folders.
 
     Raises:
-        DataError: a wnid outside ImageNet-1k.
+        DataError: a wnid outside ImageNet-1k, or another number of folders than the model has classes.
     """
     one_each = num_classes == len(names)
     if one_each or not all(WNID.fullmatch(name) for name in names):
+        if num_classes is not None and not one_each:
+            raise DataError(
+                f"{where} has {len(names)} class folders and the model has {num_classes} classes, so a folder's rank "
+                f"does not tell its class. Give one folder per class, or a labels.csv (file,label) with class indices."
+            )
         return {name: rank for rank, name in enumerate(sorted(names))}
     from timm.data.imagenet_info import ImageNetInfo
 

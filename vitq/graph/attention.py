@@ -36,7 +36,8 @@ def attend(
         (output (..., N, D), probabilities (..., N, S) as they enter the second product).
     """
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    scores = ATEN.matmul.default(port("query", query), port("key", key).transpose(-2, -1)) * scale
+    # Scaling the queries is N/S of the work of scaling the scores, and saves a tensor of their size.
+    scores = ATEN.matmul.default(port("query", query) * scale, port("key", key).transpose(-2, -1))
     if is_causal:
         rows, columns = scores.shape[-2:]
         allowed = torch.ones(rows, columns, dtype=torch.bool, device=scores.device).tril()

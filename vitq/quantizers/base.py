@@ -231,6 +231,16 @@ class Quantizer(nn.Module):
                 f"of the recipe, or load fitted scales."
             )
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantizer:
+        # Moving a model to bfloat16 must not round its scales: parameters follow the device, never the type.
+        exact = {name: getattr(self, name).detach().clone() for name in self.fields}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, value in exact.items():
+            moved = getattr(self, name)
+            if moved.dtype != torch.float32:
+                moved.data = value.to(moved.device)
+        return self
+
     @property
     def active(self) -> bool:
         """Whether `forward` does anything to its input, or shows it to an observer."""

@@ -74,7 +74,8 @@ class _LogQuantizer(Quantizer):
         steps = torch.div(x, params["scale"]).clamp_(min=2.0**MIN_LOG2).log2_()
         steps = steps.mul_(-self.steps).round_().clamp_(0, 2**self.bits)
         zero = steps.ge(min(2**self.bits, self._underflow))
-        return steps.clamp_(max=self.zero_code - 1).div_(-self.steps).exp2_().mul_(params["scale"]).masked_fill_(zero, 0.0)
+        value = steps.clamp_(max=self.zero_code - 1).div_(-self.steps).exp2_().mul_(params["scale"])
+        return value.masked_fill_(zero, 0.0)
 
     @property
     def _underflow(self) -> int:

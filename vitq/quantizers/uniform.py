@@ -62,8 +62,11 @@ class UniformQuantizer(Quantizer):
         return {"symmetric": self.symmetric, "fractional_zero_point": self.fractional_zero_point}
 
     def side_bits(self) -> int:
-        """A float32 step and, unless symmetric, a zero-point of a code's width per group."""
-        return self.layout.groups * (32 + (0 if self.symmetric else self.bits))
+        """A float32 step and a zero-point in the narrowest whole bytes that hold it, as stored, per group."""
+        zero_point = self.params()["zero_point"]
+        low, high = float(zero_point.min()), float(zero_point.max())
+        width = 8 if low >= 0 and high < 2**8 else 16 if max(-low, high) < 2**15 else 32
+        return self.layout.groups * (32 + (0 if self.symmetric else width))
 
     def range_to_params(self, low: Tensor, high: Tensor) -> Params:
         """Step and zero-point of [low, high]; a constant range gets a neutral step."""

@@ -170,7 +170,9 @@ class FoldNormScale(Pass):
         quantizer.set_params({"scale": scale, "zero_point": zero_point})
         quantizer.state = state
         old = qmodel.formats[site]
-        qmodel.formats[site] = Format.of(old.kind, old.bits, "tensor", **quantizer.settings())
+        qmodel.formats[site] = Format.of(
+            old.kind, old.bits, "tensor", **{k: v for k, v in quantizer.settings().items() if v}
+        )
 
 
 def _param(qmodel: QuantModel, site: str) -> str:
