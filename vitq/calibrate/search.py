@@ -59,7 +59,10 @@ class Search:
 
 
 def _not_inverted(stats: Statistics, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """Percentiles of a nearly constant group can coincide though it has outliers: then take the whole range."""
+    """Percentiles of a nearly constant group can coincide though it has outliers: then take the whole range.
+
+    Differs from the official RepQ-ViT code also in parity mode: there such a candidate scores NaN and is passed over.
+    """
     collapsed = (high <= low) & (stats.high > stats.low)
     return torch.where(collapsed, stats.low, low), torch.where(collapsed, stats.high, high)
 

@@ -38,6 +38,13 @@ def shapes(name: str, groups: int, count: int) -> Tensor:
 KINDS = ("normal", "heavy tails", "relu", "few values", "constant", "one outlier", "ascending")
 
 
+# torch.quantile took its rank in float32 before 2.15, ours is in float64.
+bit_equal = pytest.mark.skipif(
+    tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 15), reason="torch.quantile rounds ranks before 2.15"
+)
+
+
+@bit_equal
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("groups", [1, 3, 8, 64])
 @pytest.mark.parametrize("count", [1, 2, 7, 1000, 2049])
@@ -49,6 +56,7 @@ def test_quantiles_of_kept_values_are_torch_quantiles_bit_for_bit(kind: str, gro
         assert torch.equal(stats.quantile(p), torch.quantile(x, p, dim=1)), p
 
 
+@bit_equal
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("parts", [1, 3, 19])
 @pytest.mark.parametrize(("groups", "count"), [(1, 2**18 + 4001), (48, 6007)])
