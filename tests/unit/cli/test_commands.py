@@ -348,7 +348,7 @@ def test_demo_quantizes_real_weights_where_they_are(
 
 def test_unicode_and_spaces_in_paths(run: Run, tmp_path: Path, weights: Path) -> None:
     place = tmp_path / "größe  зд 图 [x]"
-    calib = write_images(place / "fotos à", 8, 3)
+    calib = write_images(place / "fotos à", 20, 3)
     shutil.copy(weights, place / "poids é.safetensors")
     out = place / "sortie ü"
     answer = run("quantize", VIT, "--checkpoint", place / "poids é.safetensors", "--calib", calib, "--calib-size", "4",

@@ -191,3 +191,13 @@ def test_the_shared_calibration_lists_open(shared: Path) -> None:
     for path in lists:
         assert len(open_images(path, root=shared / "data/imagenet_sample")) == 32
     assert lists
+
+
+def test_a_rank_is_no_class_where_folders_and_classes_differ_in_number(tmp_path: Path) -> None:
+    for name in ("cat", "dog", "owl"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "a.png")
+    assert open_images(tmp_path, num_classes=3).labels is not None
+    with pytest.raises(DataError, match=r"3 class folders and the model has 10 classes.*labels\.csv"):
+        open_images(tmp_path, num_classes=10)
+    assert len(open_images(tmp_path, num_classes=10, labels="none")) == 3

@@ -168,3 +168,12 @@ def test_gradients_with_respect_to_scale_agree_with_finite_differences_of_the_st
         expected = inside.round() - inside if -4 <= inside.round() <= 3 else inside.clamp(-4, 3)
         assert quantizer.scale.grad is not None
         torch.testing.assert_close(quantizer.scale.grad, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_scales_stay_float32_when_a_model_changes_its_type() -> None:
+    quantizer = UniformQuantizer(4)
+    quantizer.set_params(quantizer.range_to_params(torch.tensor([-0.1234567]), torch.tensor([1.7654321])))
+    before = quantizer.params()["scale"].clone()
+    quantizer.to(torch.bfloat16)
+    assert quantizer.params()["scale"].dtype == torch.float32
+    assert torch.equal(quantizer.params()["scale"], before)
