@@ -74,6 +74,19 @@ class Say:
             number = bars.add_task(description, total=total or None)
             yield _BarTask(bars, number)
 
+    @contextmanager
+    def counted(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Progress for work that tells how much of it is done so far."""
+        with self.task(description, total) as task:
+            before = 0
+
+            def tell(done: int) -> None:
+                nonlocal before
+                task.advance(done - before)
+                before = done
+
+            yield tell
+
 
 class _BarTask:
     def __init__(self, bars: Bars, number: Any) -> None:

@@ -259,12 +259,5 @@ def without_calibration(qmodel: QuantModel, images: ImageSet, data: str, say: Sa
 
 def run_one(model: nn.Module, batches: Any, count: int, device: torch.device, say: Say) -> ClassifyResult:
     """One model over images, with progress."""
-    with say.task("evaluating", count) as task:
-        done = 0
-
-        def tell(images: int) -> None:
-            nonlocal done
-            task.advance(images - done)
-            done = images
-
+    with say.counted("evaluating", count) as tell:
         return evaluate_classifier(model, batches, on_batch=tell, device=device)

@@ -115,14 +115,7 @@ def quantize_command(
 
 def evaluate(float_model: Any, qmodel: QuantModel, batches: Any, count: int, device: Any, say: Say) -> PairResult:
     """Both models over the same images, with progress."""
-    with say.task("evaluating float and quantized", count) as task:
-        done = 0
-
-        def tell(images: int) -> None:
-            nonlocal done
-            task.advance(images - done)
-            done = images
-
+    with say.counted("evaluating float and quantized", count) as tell:
         return evaluate_pair(float_model, qmodel, batches, on_batch=tell, device=device)
 
 
