@@ -7,7 +7,12 @@ from torch import Tensor
 
 def round_ste(x: Tensor) -> Tensor:
     """Round half to even; the gradient is that of the identity (Bengio et al., arXiv 1308.3432)."""
-    if not x.requires_grad:
-        return x.round()
-    # inf - inf is NaN, and x beyond float32 must round to itself here as it does without gradients.
-    return x + (x.round() - x).detach().nan_to_num(nan=0.0)
+    return straight_through(x.round(), x)
+
+
+def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
+    """The values of `hard` with the gradient of `soft`; the two are at most a rounding apart."""
+    if not soft.requires_grad:
+        return hard
+    # inf - inf is NaN, and values beyond float32 must come out here as they do without gradients.
+    return soft + (hard - soft).detach().nan_to_num(nan=0.0)

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from vitq.core.errors import TraceError
 from vitq.core.site import Graph
+from vitq.graph import integer
 from vitq.graph.ops import PRODUCTS
 from vitq.graph.record import OUTSIDE
 
@@ -54,6 +55,10 @@ class _Interception(TorchFunctionMode):
                 return func(*args, **kwargs)
         if not any(q is not None and q.active for q in quantizers.values()):
             return product.plain(*args, **kwargs)
+        if product.integer is not None and integer.wanted():
+            found = product.integer(quantizers, *args, **kwargs)
+            if found is not None:
+                return found
 
         def port(operand: str, tensor: Tensor) -> Tensor:
             if operand not in quantizers:

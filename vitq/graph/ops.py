@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitq.graph import attention
+from vitq.graph import attention, integer
 
 ATEN = torch.ops.aten
 # Gives the tensor to use in place of a named operand.
@@ -35,6 +35,7 @@ class Product:
         inner: (args, kwargs) -> name -> shape of operands that exist only inside the call.
         bias: (args, kwargs) -> what is added along the output channels of the (first) product with a weight.
         fused: a kernel of the same arguments that does all of it in float.
+        integer: (operand -> quantizer, args, kwargs) -> the result from integer codes, None where that cannot be.
         unsupported: (args, kwargs) -> what about this form is not taken apart, or "".
     """
 
@@ -46,6 +47,7 @@ class Product:
     unsupported: Callable[..., str] = lambda *args, **kwargs: ""
     bias: Callable[..., Tensor | None] = lambda *args, **kwargs: None
     fused: Callable[..., Any] | None = None
+    integer: Callable[..., Any] | None = None
 
     def plain(self, *args: Any, **kwargs: Any) -> Any:
         """The call in float: fused where there is such a kernel, else taken apart with its operands as they are."""
@@ -193,7 +195,13 @@ def _left(name: str) -> Product:
 
 
 LINEAR = Product(
-    "linear", _linear, _run_linear, _macs_linear, bias=lambda input, weight, bias=None: bias, unsupported=_with_out
+    "linear",
+    _linear,
+    _run_linear,
+    _macs_linear,
+    bias=lambda input, weight, bias=None: bias,
+    unsupported=_with_out,
+    integer=integer.linear,
 )
 MATMUL = Product("matmul", _matmul, _run_matmul, _macs_matmul, unsupported=_with_out)
 SDPA = Product(

@@ -123,6 +123,7 @@ class Quantizer(nn.Module):
     exportable = True  # False for a paper's own arithmetic that does not fit 2**bits codes
     descending = False  # True if a larger code means a smaller value
     one_sided = False  # True if the range starts at zero
+    affine = False  # True if value = scale * (code - zero_point) with a whole zero_point
 
     def __init__(self, bits: int, layout: Layout | None = None) -> None:
         super().__init__()

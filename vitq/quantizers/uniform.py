@@ -55,7 +55,7 @@ class UniformQuantizer(Quantizer):
         super().__init__(bits, layout)
         self.symmetric = symmetric
         self.fractional_zero_point = fractional_zero_point
-        self.exportable = not fractional_zero_point
+        self.exportable = self.affine = not fractional_zero_point
 
     def settings(self) -> dict[str, bool | int | float | str]:
         """Options as keywords."""
