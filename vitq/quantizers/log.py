@@ -25,12 +25,12 @@ from vitq.core.rounding import straight_through
 from vitq.quantizers.base import Layout, Params, Quantizer
 from vitq.quantizers.registry import QUANTIZERS
 
-# Powers of two are taken from and put into the exponent bits of float32: exact, and four times as fast as a
-# logarithm and its inverse. The smallest normal number bounds the codes.
+# Powers of two are taken from and put into the exponent bits of float32: exact, and faster than a logarithm and its
+# inverse.
 EXPONENT = 0x7F800000
 EXPONENT_SHIFT = 23
 EXPONENT_BIAS = 127
-LAST_CODE = EXPONENT_BIAS - 1
+LAST_CODE = 124  # codes from here on are zero: with them, powers stay normal numbers
 SMALLEST = 1e-30  # a scale for a group that is all zero
 
 
@@ -62,13 +62,12 @@ class _LogQuantizer(Quantizer):
 
     def encode_with(self, x: Tensor, params: Params) -> Tensor:
         """Nearest code in the logarithmic domain; zero and what is too small get the zero code."""
-        y = (x / params["scale"]).clamp(min=self._smallest)
-        exponent = self._power(y.detach().clone()).view(torch.int32) >> EXPONENT_SHIFT
-        steps = (EXPONENT_BIAS - exponent).to(y.dtype)
+        y = (x / params["scale"]).clamp(min=2.0 ** (-LAST_CODE / self.steps))  # zero has no exponent
+        z = self._squared(y.detach().clone()).mul_(math.sqrt(2))
+        steps = (EXPONENT_BIAS - (z.view(torch.int32) >> EXPONENT_SHIFT)).to(y.dtype)
         if y.requires_grad:
             steps = straight_through(steps, y.log2() * -self.steps)
-        code = steps.clamp(0, self.zero_code - 1)
-        return torch.where(steps >= self._zero_from, float(self.zero_code), code)
+        return torch.where(steps >= self._zero_from, float(self.zero_code), steps.clamp(0, self._last))
 
     def decode_with(self, code: Tensor, params: Params) -> Tensor:
         """scale * base**-code; the zero code is 0."""
@@ -76,35 +75,42 @@ class _LogQuantizer(Quantizer):
         value = self._root((exponent << EXPONENT_SHIFT).view(torch.float32))
         if code.requires_grad:
             value = straight_through(value, torch.exp2(code / -self.steps))
-        return torch.where(code >= min(self.zero_code, LAST_CODE), 0.0, params["scale"] * value)
+        return torch.where(code > self._last, 0.0, params["scale"] * value)
 
     def simulate_with(self, x: Tensor, params: Params) -> Tensor:
         """decode(encode(x)), in place where there are no gradients."""
         if torch.is_grad_enabled():
             return self.decode_with(self.encode_with(x, params), params)
-        power = self._power(torch.div(x, params["scale"]).clamp_(self._smallest, 1.0))
-        zero = power.le(2.0**-self._zero_from)
-        value = self._root(power.clamp_(min=2.0 ** -min(self.zero_code - 1, LAST_CODE))).mul_(params["scale"])
-        return value.masked_fill_(zero, 0.0)
+        # One new tensor, and no step that makes booleans, takes special values, or costs more than a few passes:
+        # all powers are 2**-steps lower than in `encode_with`, and what becomes zero is 1 until `frac` removes it.
+        y = torch.div(x, params["scale"]).clamp_(0.0, 1.0)
+        z = self._squared(y).mul_(math.sqrt(2) * 2.0**-self.steps)
+        first_kept = 2.0 ** (1 - self._zero_from - self.steps)
+        torch.threshold_(z, first_kept * (1 - 2.0**-24), 1.0).clamp_(min=2.0 ** -(self._last + self.steps))
+        return self._root(self._floored(z)).frac_().mul_(params["scale"] * 2)
 
     @property
     def _zero_from(self) -> int:
-        # How many steps below the scale zero begins; levels that would be subnormal are zero, too.
+        # How many steps below the scale zero begins.
         return int(min(2**self.bits, LAST_CODE))
 
     @property
-    def _smallest(self) -> float:
-        # Relative to the scale; its power is the smallest normal number, so zero has an exponent, too.
-        return float(2.0 ** (-LAST_CODE / self.steps))
+    def _last(self) -> int:
+        # The code of the smallest level.
+        return int(min(self.zero_code, LAST_CODE)) - 1
 
-    def _power(self, y: Tensor) -> Tensor:
-        """2**-code: y**steps rounded to a power of two in the logarithmic domain; uses y up."""
-        z = y.square_() if self.steps == 2 else y
-        return (z.mul_(math.sqrt(2)).view(torch.int32) & EXPONENT).view(torch.float32)
+    def _squared(self, y: Tensor) -> Tensor:
+        """y**steps; uses y up."""
+        return y.mul_(y) if self.steps == 2 else y
 
     def _root(self, power: Tensor) -> Tensor:
-        """base**-code from 2**-code; uses it up."""
+        """power ** (1 / steps); uses it up."""
         return power.sqrt_() if self.steps == 2 else power
+
+    @staticmethod
+    def _floored(z: Tensor) -> Tensor:
+        """The largest power of two that is not above z; uses z up."""
+        return z.view(torch.int32).bitwise_and_(EXPONENT).view(torch.float32)
 
 
 @QUANTIZERS.register("log2")
