@@ -183,9 +183,9 @@ def results_folder(args: argparse.Namespace) -> Path:
 
 
 def use_all_cores() -> int:
-    """One thread per core that this process may use."""
+    """One thread per core that this process may use, or as many as OMP_NUM_THREADS says."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(cores)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", cores)))
     return cores
 
 

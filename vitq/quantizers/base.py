@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from vitq.core.errors import InputError, NotFittedError
+from vitq.core.errors import DataError, InputError, NotFittedError
 from vitq.core.format import Format
 
 State = Literal["off", "on", "learn"]
@@ -90,8 +90,23 @@ class Layout:
         return tuple(shape)
 
     def split(self, x: Tensor) -> Tensor:
-        """View of x with the groups as a dimension (x itself without groups)."""
-        return x.unflatten(-1, (-1, self.group)) if self.group else x
+        """View of x with the groups as a dimension (x itself without groups).
+
+        Raises:
+            DataError: the sizes of x are not those that the scales were made for.
+        """
+        if not self.keep:
+            return x
+        if self.group and x.ndim and x.shape[-1] % self.group == 0:
+            x = x.unflatten(-1, (-1, self.group))
+        # Broadcasting would share a scale among what has none, or fail with a message about tensors.
+        found = tuple(x.shape[d] if x.ndim >= -d else 0 for d in self.keep)
+        if found != self.sizes:
+            raise DataError(
+                f"scales for {self.sizes} at dimensions {self.keep} do not fit a tensor of shape {tuple(x.shape)}; "
+                f"give inputs of the size that was calibrated on, or use one scale per tensor or per channel there"
+            )
+        return x
 
     def join(self, x: Tensor) -> Tensor:
         """Inverse of `split`."""
@@ -132,6 +147,7 @@ class Quantizer(nn.Module):
         self.state: State = "off"
         self.observer: Observer | None = None
         self.baked = False  # the tensor at this site already holds decoded values
+        self.where = ""  # the site it is at, for messages
         for name in self.fields:
             self.register_buffer(name, torch.full(self.layout.scale_shape, math.nan))
 
@@ -148,6 +164,10 @@ class Quantizer(nn.Module):
     @abstractmethod
     def decode_with(self, code: Tensor, params: Params) -> Tensor:
         """Values of codes."""
+
+    def variants(self, params: Params) -> Params:
+        """Parameters worth comparing for (K, G) ranges: more than K where a format has more to choose than a range."""
+        return params
 
     def simulate_with(self, x: Tensor, params: Params) -> Tensor:
         """decode(encode(x)); a subclass may have a shorter way to the same bits."""
@@ -252,12 +272,12 @@ class Quantizer(nn.Module):
     def encode(self, x: Tensor) -> Tensor:
         """Codes of x, whole numbers, in x's shape. Raises NotFittedError without scales."""
         self._require_fitted()
-        return self.layout.join(self.encode_with(self.layout.split(x.to(torch.float32)), self.params()))
+        return self.layout.join(self.encode_with(self._split(x), self.params()))
 
     def decode(self, code: Tensor) -> Tensor:
         """float32 values of codes, in their shape. Raises NotFittedError without scales."""
         self._require_fitted()
-        return self.layout.join(self.decode_with(self.layout.split(code.to(torch.float32)), self.params()))
+        return self.layout.join(self.decode_with(self._split(code), self.params()))
 
     def forward(self, x: Tensor) -> Tensor:
         """x on this site's grid, in x's dtype; arithmetic is float32 whatever x is, also under autocast."""
@@ -268,8 +288,14 @@ class Quantizer(nn.Module):
         if not torch.compiler.is_compiling():
             self._require_fitted_cheaply()
         with torch.autocast(x.device.type, enabled=False):
-            wide = self.layout.split(x.to(torch.float32))
+            wide = self._split(x)
             return self.layout.join(self.simulate_with(wide, self.params())).to(x.dtype)
+
+    def _split(self, x: Tensor) -> Tensor:
+        try:
+            return self.layout.split(x.to(torch.float32))
+        except DataError as error:
+            raise DataError(f"{self.where or self}: {error}") from None
 
     def _require_fitted_cheaply(self) -> None:
         # One element decides: set_params never leaves a parameter partly NaN.

@@ -54,8 +54,12 @@ class UniformQuantizer(Quantizer):
     ) -> None:
         super().__init__(bits, layout)
         self.symmetric = symmetric
-        self.fractional_zero_point = fractional_zero_point
-        self.exportable = self.affine = not fractional_zero_point
+        self.keep_fraction(fractional_zero_point)
+
+    def keep_fraction(self, keep: bool) -> None:
+        """Allow a zero-point that is not whole, or no longer."""
+        self.fractional_zero_point = keep
+        self.exportable = self.affine = not keep
 
     def settings(self) -> dict[str, bool | int | float | str]:
         """Options as keywords."""

@@ -165,8 +165,7 @@ class FoldNormScale(Pass):
         assert isinstance(quantizer, UniformQuantizer)
         state = quantizer.state
         quantizer.relayout(Layout())
-        quantizer.fractional_zero_point = self.parity
-        quantizer.exportable = not self.parity
+        quantizer.keep_fraction(self.parity)
         quantizer.set_params({"scale": scale, "zero_point": zero_point})
         quantizer.state = state
         old = qmodel.formats[site]
