@@ -7,7 +7,7 @@ READY  := .venv/.vitq-ready
 JOBS   ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check golden bench clean
+.PHONY: help setup demo test check golden bench zoo clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -18,7 +18,7 @@ $(READY): pyproject.toml
 	@PYTHON='$(PYTHON)' sh tools/setup.sh
 	@touch $@
 
-demo: $(READY) ## run the main job on the embedded model
+demo: $(READY) ## run the main job on the embedded models
 	@$(BIN)/vitq demo
 
 test: check ## lint, types and every test
@@ -35,6 +35,9 @@ golden: $(READY) ## write the golden files of all recipes again, and print what 
 
 bench: $(READY) ## measure again what results/*.csv holds (long)
 	@$(PY) benchmarks/run.py
+
+zoo: $(READY) ## train the embedded models again (long; DATA=folder of Fashion-MNIST's idx files)
+	@$(PY) tools/train_zoo.py $(if $(DATA),--data '$(DATA)')
 
 clean: ## remove caches and build output (.venv stays; delete it by hand to start afresh)
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist out

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from vitq.core.batches import Batches, ForwardFn, default_forward, describe_example
+from vitq.core.batches import Batches, ForwardFn, default_forward, describe_example, moved
 from vitq.core.errors import DataError, InputError
 from vitq.core.format import Bits, Format, Scalar
 from vitq.core.plan import Override, Plan, parse_overrides
@@ -68,6 +68,10 @@ def quantize(
     plan = resolve(recipe, bits, scope=scope, exclude=exclude, overrides=overrides, options=options, seed=seed)
     check_weights(model)
     batches = None if data is None else Batches.of(data, forward_fn)
+    device = device_of(model)
+    if device is not None:  # images may come from another one
+        batches = None if batches is None else batches.on(device)
+        example = moved(example, device)
     example = first_example(batches, example)
     graph = trace(model, example, forward_fn)  # 1. where
     qmodel = insert(copy.deepcopy(model), graph, plan)  # 2. which numbers
@@ -118,10 +122,14 @@ def insert(model: nn.Module, graph: Graph, plan: Plan, formats: Mapping[str, For
         site: build_quantizer(fmt, graph.sites[site].axes, graph.sites[site].shape) for site, fmt in chosen.items()
     }
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    for quantizer in quantizers.values():
+    for site, quantizer in quantizers.items():
         quantizer.to(device)
+        quantizer.where = site
     attach(model, graph, quantizers)
-    return QuantModel(model, graph, quantizers, chosen, plan)
+    qmodel = QuantModel(model, graph, quantizers, chosen, plan)
+    if unfolded := [s.id for s in graph.sites.values() if s.id in chosen and plan.recipe.misses_norm(s)]:
+        qmodel.log["no_norm_to_fold_into"] = unfolded
+    return qmodel
 
 
 def run_passes(qmodel: QuantModel, data: Batches | None, progress: Progress) -> None:
@@ -145,6 +153,12 @@ def first_example(data: Batches | None, example: Any) -> Any:
     if data is None:
         raise DataError("nothing to trace with: give calibration images as data=, or one input as example=")
     return pytree.tree_map(lambda t: t[:1] if isinstance(t, Tensor) and t.ndim else t, next(iter(data)))
+
+
+def device_of(model: nn.Module) -> torch.device | None:
+    """The device that the model is on, None if it has no parameters or is spread over several."""
+    devices = {p.device for p in model.parameters()}
+    return devices.pop() if len(devices) == 1 else None
 
 
 def check_weights(model: nn.Module) -> None:

@@ -24,6 +24,7 @@ from vitq.pipeline import insert
 from vitq.quantizers.base import Quantizer
 from vitq.quantizers.packing import unpack
 
+REASON = 500  # characters of another library's message that are told
 SAME_CODES = 0.01  # of a weight's codes may differ between machines, when a float model is quantized again
 
 
@@ -53,11 +54,11 @@ def load(
     if isinstance(model, QuantModel) or isinstance(float_model, QuantModel):
         raise ArtifactError("the model given is quantized already; give the float architecture")
     config = schema.read(path / CONFIG)
-    tensors = _read_tensors(path / TENSORS, config)
     target = float_model if float_model is not None else model
     if target is None and config.source is None:
         raise ArtifactError(f"{path} does not name its model; give the architecture as model=")
     try:
+        tensors = _read_tensors(path / TENSORS, config)
         if target is None:
             target = build_model(config.source or {}, trust_code=trust_code)
         names = schema.Renaming(dict(rename or {}))
@@ -65,7 +66,8 @@ def load(
     except (ArtifactError, MissingExtraError):
         raise
     except Exception as error:  # every damage that digests do not show ends up here, in whatever code met it
-        raise ArtifactError(f"{path} does not fit together: {type(error).__name__}: {error}") from error
+        reason = " ".join(str(error).split())[:REASON]
+        raise ArtifactError(f"{path} is damaged, or not of this model: {type(error).__name__}: {reason}") from error
 
 
 def _assemble(
@@ -168,6 +170,11 @@ def _cast(model: nn.Module, state: dict[str, Tensor], config: schema.ArtifactCon
     for name, dtype in types.items():
         if name in own:  # what a rewrite adds is not there yet
             own[name].data = own[name].data.to(dtype)
+    floats = [dtype for dtype in set(types.values()) if dtype.is_floating_point]
+    if len(floats) == 1:  # buffers that are not saved (attention masks) had the model's type, too
+        for name, buffer in model.named_buffers():
+            if name not in types and buffer.is_floating_point():
+                buffer.data = buffer.data.to(floats[0])
 
 
 def _check_state(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from collections.abc import Mapping
@@ -88,6 +89,11 @@ def save(
     try:
         write_folder(path, fill, replace=force)
     except (OSError, SafetensorError) as error:
+        if not force and getattr(error, "errno", None) in (errno.ENOTEMPTY, errno.EEXIST):
+            raise ArtifactError(
+                f"{path} was filled by another process in the meantime; choose another folder, or replace it with "
+                f"force=True (--force)"
+            ) from error
         raise ArtifactError(f"{path} could not be written: {error}; what was there before is unchanged") from error
     return written | {"effective_bits": qmodel.effective_bits()}
 

@@ -20,6 +20,7 @@ from vitq.core.errors import DataError
 TAIL = 0.001  # share of the values that each tail holds: the lowest percentile in use is 99.9 %
 SAMPLE = 2**17  # values of the body kept per site …
 SAMPLE_PER_GROUP = 512  # … but at least so many per group
+PENDING = 2**16  # values of tails that may wait to be merged
 
 
 @dataclass(frozen=True)
@@ -79,12 +80,20 @@ class Sketch:
         images: how many images will be seen in all, to know the size of the tails; None if only one
             micro-batch comes.
         one_sided: the range starts at zero, so the smallest values do not matter.
+        tail: share of the values that each tail holds.
     """
 
     def __init__(
-        self, *, keep_all: bool = False, images: int | None = None, one_sided: bool = False, needs: str = "sample"
+        self,
+        *,
+        keep_all: bool = False,
+        images: int | None = None,
+        one_sided: bool = False,
+        needs: str = "sample",
+        tail: float = TAIL,
     ) -> None:
         self.keep_all = keep_all
+        self.tail = tail
         self.needs = needs
         self.one_sided = one_sided
         self.images = images
@@ -121,7 +130,7 @@ class Sketch:
         self._bodies.append(body if self.needs == "sample" else body[:, :0].clone())
         self._tops.append(top)
         self._bottoms.append(bottom)
-        if len(self._tops) > 8:
+        if sum(part.numel() for part in self._tops[1:]) > max(self._tops[0].numel(), PENDING):
             self._merge()
 
     def _plan(self, groups: int, values: int, images: int) -> None:
@@ -131,7 +140,7 @@ class Sketch:
             return
         self._share = sample / total
         # One more for the neighbour that interpolation needs, and slack for inputs of varying size.
-        self._tail_size = math.ceil(TAIL * total) + 2 + (0 if self.images is None else math.ceil(TAIL * total))
+        self._tail_size = math.ceil(self.tail * total) * (1 if self.images is None else 2) + 2
         self._tail_size = min(self._tail_size, values)
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vitq.calibrate import candidates, objective
-from vitq.calibrate.observe import Sketch, Statistics
+from vitq.calibrate.observe import TAIL, Sketch, Statistics
 from vitq.core.errors import InputError
 from vitq.quantizers.base import Params, Quantizer
 
@@ -38,7 +38,8 @@ class Search:
     def sketch(self, quantizer: Quantizer, images: int | None = None) -> Sketch:
         """What gathers the statistics that this search needs."""
         needs = {"minmax": "range", "percentile": "tails"}.get(self.method, "sample")
-        return Sketch(keep_all=self.exact, images=images, one_sided=quantizer.one_sided, needs=needs)
+        tail = 1 - self.percentile if self.method == "percentile" else TAIL  # each keeps what it asks for
+        return Sketch(keep_all=self.exact, images=images, one_sided=quantizer.one_sided, needs=needs, tail=tail)
 
     def params(self, quantizer: Quantizer, stats: Statistics) -> Params:
         """The best parameters, each (G,)."""

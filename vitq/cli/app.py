@@ -17,7 +17,7 @@ app = typer.Typer(
 )
 
 MODEL_HELP = "A timm name, hf:name-or-path, torchvision:name, zoo:name or file.py:function."
-DATA_HELP = "Class folders, a folder with labels.csv, Parquet, or a folder of images."
+DATA_HELP = "Class folders, a folder with labels.csv, Parquet, a folder of images, or zoo:NAME."
 
 Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
 Checkpoint = Annotated[

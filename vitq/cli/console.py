@@ -40,7 +40,7 @@ class Say:
 
     def note(self, text: str) -> None:
         """Something worth knowing that is not the result."""
-        self.err.print(text, style="dim", markup=False, soft_wrap=True)
+        self.err.print(printable(text), style="dim", markup=False, soft_wrap=True)
 
     def error(self, text: str) -> None:
         """What went wrong; printed even if quiet."""
@@ -48,7 +48,7 @@ class Say:
 
     def result(self, text: str) -> None:
         """A line of the result."""
-        self.out.print(text, markup=False)
+        self.out.print(printable(text), markup=False)
 
     def table(self, rows: Sequence[Mapping[str, object]], title: str = "") -> None:
         """Rows of the same keys as a table."""
@@ -57,7 +57,7 @@ class Say:
             numeric = all(isinstance(row[key], (int, float)) for row in rows)
             table.add_column(key, justify="right" if numeric else "left", overflow="fold")
         for row in rows:
-            table.add_row(*(f"{v:.2f}" if isinstance(v, float) else str(v) for v in row.values()))
+            table.add_row(*(f"{v:.2f}" if isinstance(v, float) else printable(str(v)) for v in row.values()))
         self.out.print(table)
 
     @contextmanager
@@ -125,8 +125,13 @@ def command(fn: Callable[P, R]) -> Callable[P, R]:
 
 def print_error(text: str) -> None:
     """One line on standard error."""
-    line = " ".join(part.strip() for part in text.splitlines())
+    line = " ".join(part.strip() for part in printable(text).splitlines())
     Console(stderr=True, highlight=False, soft_wrap=True).print(line, style="red", markup=False)
+
+
+def printable(text: str) -> str:
+    """Text without the halves of characters that stand for the bytes of file names that are no UTF-8."""
+    return text.encode("utf-8", errors="replace").decode("utf-8")
 
 
 def check_outputs(*paths: Path | None) -> None:

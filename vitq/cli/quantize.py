@@ -81,6 +81,11 @@ def quantize_command(
     seconds = time.perf_counter() - start
     if not qmodel.graph.has_attention:
         say.note("no attention was found: the model is quantized all the same, as linears and convolutions")
+    if unfolded := qmodel.log.get("no_norm_to_fold_into"):
+        say.note(
+            f"{len(unfolded)} sites have one scale each instead of one per channel, for example {unfolded[0]}: no "
+            f"LayerNorm with weight and bias is there to take the channel scales up"
+        )
     peak = peak_rss_mb()
     qmodel.source, qmodel.preprocess = loaded.source, preprocess.to_dict()
     qmodel.provenance = work.provenance(images, calib, seed)

@@ -12,6 +12,8 @@ from torch.utils import _pytree as pytree
 from vitq.core.errors import DataError, InputError
 
 MICRO_BATCH = 32
+LARGEST_EXAMPLE = 2**26  # values of one tensor in a description: an image of 4,700 x 4,700
+LARGEST_NDIM = 16
 ForwardFn = Callable[[nn.Module, Any], Any]
 
 
@@ -54,12 +56,17 @@ class Batches:
         """Number of examples."""
         return sum(self.sizes)
 
+    def on(self, device: torch.device) -> Batches:
+        """The same micro-batches, each moved to a device when it is its turn."""
+        return Batches(lambda: (moved(batch, device) for batch in self), self.sizes, self.forward)
+
     @classmethod
     def of(cls, data: Any, forward: ForwardFn = default_forward) -> Batches:
         """Wrap a tensor, a pytree of tensors with one leading size, or an iterable of batches.
 
-        Tensors are cut into micro-batches of 32. An iterable's batches are taken as they come and kept, so
-        that a generator can be gone through again.
+        Tensors are cut into micro-batches of 32. An iterable's batches are taken as they come. Those of a generator
+        are kept, so that it can be gone through again; a data loader, or whatever else gives a fresh iterator every
+        time, is read again and again, so that memory stays flat.
 
         Raises:
             DataError: no data, or NaN or Inf in it.
@@ -71,12 +78,14 @@ class Batches:
             return cls(lambda: split(data, MICRO_BATCH), sizes_of(leading_size(data)), forward)
         if not isinstance(data, Iterable):
             raise DataError(f"calibration data of type {type(data).__name__}; give a tensor or batches of tensors")
-        kept = list(data)
-        if not kept:
-            raise DataError("calibration data holds no batches; give at least one image")
+        kept = list(data) if isinstance(data, Iterator) else data
+        sizes = []
         for number, batch in enumerate(kept):
             _check(batch, f"calibration batch {number}")
-        return cls(lambda: iter(kept), [leading_size(b) for b in kept], forward)
+            sizes.append(leading_size(batch))
+        if not sizes:
+            raise DataError("calibration data holds no batches; give at least one image")
+        return cls(lambda: _same_sizes(kept, sizes), sizes, forward)
 
 
 def sizes_of(count: int, size: int = MICRO_BATCH) -> list[int]:
@@ -95,6 +104,28 @@ def split(batch: Any, size: int) -> Iterator[Any]:
     for start in range(0, leading_size(batch), size):
         part = slice(start, start + size)
         yield pytree.tree_map(lambda t, part=part: t[part] if isinstance(t, Tensor) else t, batch)
+
+
+def moved(batch: Any, device: torch.device) -> Any:
+    """A pytree with its tensors on a device; tensors that are there stay themselves."""
+    return pytree.tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, batch)
+
+
+def _same_sizes(batches: Iterable[Any], sizes: list[int]) -> Iterator[Any]:
+    """The batches, which must come in the sizes of the first time."""
+    number = 0
+    for batch in batches:
+        if leading_size(batch) != next(iter(sizes[number : number + 1]), None):
+            break
+        yield batch
+        number += 1
+    else:
+        if number == len(sizes):
+            return
+    raise DataError(
+        f"calibration batch {number} of {len(sizes)} is another one than in the first go over the data, or is missing; "
+        f"give data that can be gone through several times, such as a list of batches"
+    )
 
 
 def _check(batch: Any, where: str) -> None:
@@ -127,9 +158,11 @@ def example_from(description: Any) -> Any:
     """An example of that description: seeded random tensors, which serve to trace.
 
     Raises:
-        InputError: not a description.
+        InputError: not a description, or one of a tensor that no image model takes.
     """
     match description:
+        case {"tensor": [*shape], "dtype": str()} if not _is_small(shape):
+            raise InputError(f"an example of shape {str(shape)[:80]} is not one of an image model")
         case {"tensor": [*shape], "dtype": str(dtype)} if isinstance(getattr(torch, dtype, None), torch.dtype):
             kind = getattr(torch, dtype)
             if not kind.is_floating_point:
@@ -143,4 +176,13 @@ def example_from(description: Any) -> Any:
             return tuple(example_from(v) for v in items)
         case {"value": value}:
             return value
-    raise InputError(f"not the description of an example: {description!r}")
+    raise InputError(f"not the description of an example: {description!r:.80}")
+
+
+def _is_small(shape: list[Any]) -> bool:
+    size = 1
+    for n in shape:
+        if not isinstance(n, int) or n < 0 or len(shape) > LARGEST_NDIM:
+            return False
+        size *= n
+    return size <= LARGEST_EXAMPLE

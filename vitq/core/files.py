@@ -75,7 +75,15 @@ def write_folder(path: Path, fill: Callable[[Path], None], *, replace: bool = Tr
         with suppress(OSError):  # it is there; only a power cut within seconds could still undo the renaming
             _sync(path.parent)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
+
+
+def _remove(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+    except BaseException:  # Ctrl-C in the middle of cleaning up: clean up, then stop
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _put(new: Path, path: Path, replace: bool) -> None:

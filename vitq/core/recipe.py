@@ -115,6 +115,12 @@ class Recipe:
         matching = [rule.format for rule in self.formats if rule.matches(site)]
         return matching[-1] if matching else None
 
+    def misses_norm(self, site: Site) -> bool:
+        """Whether a rule would match this site if there were a LayerNorm before it to fold channel scales into."""
+        return site.norm is None and any(
+            rule.after_norm and replace(rule, after_norm=False).matches(site) for rule in self.formats
+        )
+
     def without_float_sides(self, bits: Bits) -> Recipe:
         """The same recipe with weights, or activations, left in float where their width says so."""
         rules = self.formats

@@ -7,13 +7,14 @@ PATCH_IN = "PATCH_IN"  # the image (or what no matrix product has touched yet) e
 QKV_IN = "QKV_IN"  # input of a projection whose output is a query, key or value
 QUERY = "QUERY"
 KEY = "KEY"
-SCORES = "SCORES"  # attention logits, before softmax
+SCORES = "SCORES"  # attention logits, before softmax; a site where a product mixes them over heads
 SOFTMAX_OUT = "SOFTMAX_OUT"
+SOFTMAX_MIX = "SOFTMAX_MIX"  # probabilities mixed over heads (talking heads): they may be negative
 VALUE = "VALUE"
 PROJ_IN = "PROJ_IN"  # attention output entering a linear
 FC1_IN = "FC1_IN"  # input of a linear that feeds an activation function
 FC2_IN = "FC2_IN"  # output of an activation function entering a linear; the site's producer names it
-MERGE_IN = "MERGE_IN"  # normalised, spatially merged tokens entering a linear (Swin)
+MERGE_IN = "MERGE_IN"  # several tokens side by side entering a linear (Swin merging), normalised or not (SwinV2)
 NORM_IN = "NORM_IN"
 RESIDUAL = "RESIDUAL"
 HEAD_IN = "HEAD_IN"  # input of the last linear before the model's output
@@ -29,6 +30,7 @@ MEANING = {
     KEY: "key operand of the score product",
     SCORES: "attention logits before softmax",
     SOFTMAX_OUT: "attention probabilities",
+    SOFTMAX_MIX: "attention probabilities mixed over heads",
     VALUE: "value operand",
     PROJ_IN: "attention output entering its projection",
     FC1_IN: "input of a linear that feeds an activation function",

@@ -23,9 +23,11 @@ from vitq.data.folder import open_folder, open_list
 from vitq.data.parquet import open_parquet
 from vitq.data.preprocess import Preprocess
 from vitq.data.stores import FileStore, Item, Store, Thunk, batches_store, tensor_store
+from vitq.data.zoo import zoo_store
 
 DECODERS = 2  # threads; decoding is a small part of a forward pass
 LOOK_AHEAD = 16  # images decoded ahead of the reader, so that memory stays flat
+ZOO = "zoo:"
 
 
 @dataclass(frozen=True)
@@ -213,21 +215,24 @@ def open_images(
 
     Args:
         data: an ImageFolder, a folder with labels.csv (file,label), a folder of images, a Parquet file
-            or a folder of them, a .txt list of image paths, a preprocessed tensor (N, C, H, W), or an
-            iterable of batches, which is read once and kept.
+            or a folder of them, a .txt list of image paths, zoo:NAME for images that come with vitq, a
+            preprocessed tensor (N, C, H, W), or an iterable of batches, which is read once and kept.
         labels: 'auto' takes them where there are any; 'none' ignores them, and folders are then nesting.
         num_classes: classes of the model; a label outside 0 ... num_classes - 1 is an error.
         root: folder that the paths in a .txt list are relative to; None means the folder of the list.
 
     Raises:
         DataError: nothing there, nothing readable, labels that cannot be used.
+        UnknownNameError: no such images in the zoo.
         MissingExtraError: Parquet without pyarrow.
     """
     if labels not in ("auto", "none"):
         raise InputError(f"labels is {labels!r}, expected 'auto' or 'none'.")
     if isinstance(data, ImageSet):
         return _checked(ImageSet(data._store, data._indices, labelled=labels == "auto"), num_classes)
-    if isinstance(data, str | Path):
+    if isinstance(data, str) and data.startswith(ZOO):
+        store: Store = zoo_store(data.removeprefix(ZOO))
+    elif isinstance(data, str | Path):
         store = _open_path(Path(data), labels, num_classes, None if root is None else Path(root))
     elif isinstance(data, Tensor):
         store = tensor_store(data, None, "the tensor given as data")

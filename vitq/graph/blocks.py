@@ -6,6 +6,8 @@ from collections.abc import Iterable
 
 from torch import nn
 
+_LISTS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
+
 
 def find_blocks(model: nn.Module, attention_owners: Iterable[str], order: list[str]) -> tuple[str, ...]:
     """Names of the blocks, in the order of their first call.
@@ -29,9 +31,15 @@ def find_blocks(model: nn.Module, attention_owners: Iterable[str], order: list[s
             for other in (f"{parent}.{child}".lstrip(".") for child, _ in modules[parent].named_children())
         )
 
-    lowest = {owner: next((a for a in _ancestors(owner) if a and has_sibling(a)), None) for owner in owners}
-    # Attention that is its own sibling (two attentions in one block) is not a block: it holds no attention
-    # below itself, so prefer an ancestor that repeats as well.
+    def lowest_of(owner: str) -> str | None:
+        repeating = [a for a in _ancestors(owner) if a and has_sibling(a)]
+        if repeating[:1] == [owner] and not isinstance(modules[owner.rpartition(".")[0]], _LISTS):
+            # Attention that is its own sibling (two attentions in one block) is not a block if one repeats above it.
+            repeating = repeating[1:] or repeating
+        return next(iter(repeating), None)
+
+    lowest = {owner: lowest_of(owner) for owner in owners}
+    # The classes of blocks that hold their attention below themselves.
     classes = {type(modules[name]) for owner, name in lowest.items() if name is not None and name != owner}
     blocks: set[str] = set()
     for owner in owners:

@@ -7,6 +7,7 @@ of its products to their quantizers. Works in eager mode, torch.export and torch
 
 from __future__ import annotations
 
+import copyreg
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -87,6 +88,11 @@ class QuantizedOwner(nn.Module):
                 return self._vitq_forward(*args, **kwargs)
             return super().forward(*args, **kwargs)
 
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # The class is made at run time, so pickle cannot find it by name.
+        _, args, *state = tuple(super().__reduce_ex__(2))
+        return _revived, (type(self).__bases__[1], *args[1:]), *state
+
 
 def attach(model: nn.Module, graph: Graph, quantizers: Mapping[str, nn.Module]) -> None:
     """Route every product of the graph through the quantizers of its sites, in place.
@@ -145,3 +151,8 @@ def _owner_class(cls: type) -> type:
         looks = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
         _CLASSES[cls] = type(cls.__name__, (QuantizedOwner, cls), looks)
     return _CLASSES[cls]
+
+
+def _revived(cls: type, *args: Any) -> Any:
+    """An empty owner of that original class, for pickle and copy to fill."""
+    return copyreg.__newobj__(_owner_class(cls), *args)  # type: ignore[attr-defined]

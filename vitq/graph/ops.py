@@ -191,7 +191,34 @@ def _einsum_unsupported(equation: str, *tensors: Any) -> str:
 
 def _left(name: str) -> Product:
     """A function that multiplies matrices and is not taken apart: found, counted, and left in float."""
-    return Product(name, lambda *a, **k: {}, lambda *a, **k: None, lambda *a, **k: 0, unsupported=lambda *a, **k: name)
+    macs = _LEFT_MACS.get(name, lambda *a, **k: 0)
+    return Product(name, lambda *a, **k: {}, lambda *a, **k: None, macs, unsupported=lambda *a, **k: name)
+
+
+def _macs_recurrent(out: Any, input: Tensor, hidden: Any, *args: Any, **kwargs: Any) -> int:
+    """Every weight matrix meets every step of every sequence."""
+    # A packed sequence has its batch sizes as the second tensor, then the state; the weights are the last list.
+    weights = next((a for a in reversed((hidden, *args)) if isinstance(a, (list, tuple))), ())
+    return math.prod(input.shape[:-1]) * sum(int(w.numel()) for w in weights if w.ndim == 2)
+
+
+def _macs_cell(out: Any, input: Tensor, hidden: Any, *weights: Any, **kwargs: Any) -> int:
+    return math.prod(input.shape[:-1]) * sum(int(w.numel()) for w in weights if w is not None and w.ndim == 2)
+
+
+def _macs_bilinear(out: Tensor, a: Tensor, b: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> int:
+    return out[..., 0].numel() * (weight.numel() + math.prod(weight.shape[:2]))
+
+
+_LEFT_MACS: dict[str, Callable[..., int]] = {
+    **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), _macs_recurrent),
+    **dict.fromkeys(("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"), _macs_cell),
+    "bilinear": _macs_bilinear,
+    "mv": lambda out, matrix, vector: matrix.numel(),
+    "addmv": lambda out, input, matrix, vector, **k: matrix.numel(),
+    "dot": lambda out, a, b: a.numel(),
+    "vdot": lambda out, a, b: a.numel(),
+}
 
 
 LINEAR = Product(
@@ -247,7 +274,25 @@ for _name in ("addmm", "baddbmm"):
     _product = Product("matmul", _add_matmul, _run_add_matmul(_name), _macs_add_matmul, unsupported=_with_out)
     PRODUCTS[getattr(torch, _name)] = PRODUCTS[getattr(Tensor, _name)] = _product
 for _space, _names in {
-    torch: ("tensordot", "inner", "dot", "vdot", "mv", "addmv", "addbmm", "bilinear", "chain_matmul", "lstm", "gru"),
+    torch: (
+        "tensordot",
+        "inner",
+        "dot",
+        "vdot",
+        "mv",
+        "addmv",
+        "addbmm",
+        "bilinear",
+        "chain_matmul",
+        "lstm",
+        "gru",
+        "rnn_tanh",
+        "rnn_relu",
+        "lstm_cell",
+        "gru_cell",
+        "rnn_tanh_cell",
+        "rnn_relu_cell",
+    ),
     Tensor: ("inner", "dot", "vdot", "mv", "addmv", "addbmm", "addmm_", "baddbmm_", "addmv_", "addbmm_"),
     torch.linalg: ("multi_dot", "vecdot"),
     F: ("bilinear", "scaled_mm", "grouped_mm", "scaled_grouped_mm"),

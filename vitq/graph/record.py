@@ -145,7 +145,8 @@ class _Recorder(TorchFunctionMode):
 
             with FlopCounterMode(display=False) as counter:
                 out = func(*args, **kwargs)
-            node.macs = int(counter.get_total_flops()) // 2
+            # torch's own count; it does not know recurrent layers and products of vectors.
+            node.macs = int(counter.get_total_flops()) // 2 or self._own_count(node, out, args, kwargs)
         else:
             out = func(*args, **kwargs)
         written = [t for t, version in zip(given, versions, strict=True) if _version(t) != version]
@@ -169,6 +170,9 @@ class _Recorder(TorchFunctionMode):
         for number in set(inputs):
             self.log.consumers.setdefault(number, []).append(node)
         return out
+
+    def _own_count(self, node: Node, out: Any, args: Any, kwargs: Any) -> int:
+        return node.product.macs(out, *args, **kwargs) if node.product is not None else 0
 
     def _sharing(self, written: list[Tensor]) -> list[Tensor]:
         storages = {_storage(t) for t in written}

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from vitq.core import roles
 from vitq.graph import flow
+from vitq.graph.dims import merges_tokens, spatial_dims
 from vitq.graph.ops import einsum_labels
 from vitq.graph.record import Node, Record
+from vitq.graph.scores import is_attention, is_mixed_softmax, is_softmax, mixes_heads, softmax_dim_after
 
 _AFFINE = frozenset({"batch_norm"})
-_SCORE_STEPS = flow.ADDS | flow.MASKS
 
 
 def operand_role(record: Record, node: Node, operand: str, tensor: int) -> tuple[str, str | None]:
@@ -26,8 +27,9 @@ def operand_role(record: Record, node: Node, operand: str, tensor: int) -> tuple
     if other in record.params:
         return _input_role(record, node, tensor)
     role = _matmul_role(record, node, operand, tensor, other)
-    if role == roles.OTHER_IN and flow.is_constant(record, tensor):
-        return roles.WEIGHT, None  # computed from parameters: a transposed or normalised one
+    if role in (roles.QUERY, roles.KEY, roles.OTHER_IN) and flow.is_constant(record, tensor):
+        # Computed from parameters: a transposed or normalised one, or a table of relative positions.
+        return roles.WEIGHT, None
     if role == roles.OTHER_IN and flow.is_constant(record, other):
         return _input_role(record, node, tensor)
     return role, None
@@ -45,11 +47,13 @@ def inner_role(operand: str) -> str:
 
 
 def _matmul_role(record: Record, node: Node, operand: str, tensor: int, other: int) -> str:
-    if _is_softmax(record, tensor):
+    if is_softmax(record, tensor):
         return roles.SOFTMAX_OUT
-    if _is_softmax(record, other):
+    if is_mixed_softmax(record, tensor):
+        return roles.SOFTMAX_MIX
+    if is_softmax(record, other) or is_mixed_softmax(record, other):
         return roles.VALUE
-    dim = _softmax_dim_after(record, node)
+    dim = softmax_dim_after(record, node)
     if dim is None:
         return roles.OTHER_IN
     # Softmax runs over keys: over the last dimension of a matmul they come from the right operand.
@@ -57,77 +61,80 @@ def _matmul_role(record: Record, node: Node, operand: str, tensor: int, other: i
     keys = "rhs" if dim in (-1, ndim - 1) else "lhs"
     if node.product is not None and node.product.kind == "einsum":
         label = einsum_labels(node.args[0], -1, ndim)[dim]
-        keys = "rhs" if label in _labels(record, node, "rhs") else "lhs"
+        own = einsum_labels(node.args[0], 1, len(record.shapes[node.operands["rhs"]]))
+        keys = "rhs" if label in own else "lhs"
     return roles.KEY if operand == keys else roles.QUERY
-
-
-def _is_softmax(record: Record, tensor: int) -> bool:
-    return any(n.name in flow.SOFTMAX for n in flow.sources(record, tensor))
-
-
-def _softmax_dim_after(record: Record, node: Node) -> int | None:
-    for end, _ in flow.ends(record, node.outputs[0], extra=_SCORE_STEPS):
-        if end.name in flow.SOFTMAX:
-            dims = [a for a in end.args[1:2] if isinstance(a, int)]
-            return dims[0] if dims else int(end.kwargs.get("dim", -1))
-    return None
-
-
-def is_attention(record: Record, node: Node) -> bool:
-    """Whether a product is one of an attention's own (not its projections)."""
-    if node.product is None or node.unsupported:
-        return False
-    if node.product.kind in ("sdpa", "mha"):
-        return True
-    if node.product.kind not in ("matmul", "einsum"):
-        return False
-    return _softmax_dim_after(record, node) is not None or any(_is_softmax(record, t) for t in node.operands.values())
 
 
 def _input_role(record: Record, node: Node, tensor: int) -> tuple[str, str | None]:
     """Role of the activation operand of a product with a weight."""
-    if not flow.touched_by_product(record, tensor):
-        return roles.PATCH_IN, None
     convolution = node.product is not None and node.product.kind in ("conv", "convt")
-    made_by = flow.sources(record, tensor)
-    activation = _activation(record, made_by)
     out = node.outputs[0]
-    if any(is_attention(record, n) for n in made_by):
+    if mixes_heads(record, node):
+        return (roles.SOFTMAX_OUT if is_softmax(record, tensor) else roles.SCORES), None
+    ends = flow.ends(record, out, _AFFINE, lambda n: _is_depthwise(record, n))
+    projects = not convolution and any(_feeds_attention(record, end, number) for end, number in ends)
+    if not flow.touched_by_product(record, tensor):
+        # Embedded text goes to its projections untouched.
+        return (roles.QKV_IN if projects else roles.PATCH_IN), None
+    if _comes_from_attention(record, tensor):
         return roles.PROJ_IN, None
+    activation = _activation(record, flow.sources(record, tensor))
     if activation is not None and not convolution:
         return roles.FC2_IN, activation
     if convolution:
         return roles.CONV_IN, None
-    ends = [end for end, _ in flow.ends(record, out, extra=_AFFINE)]
-    if any(_feeds_attention(record, end) for end in ends):
+    if projects:
         return roles.QKV_IN, None
-    if any(_is_activation(end) or _gates_itself(record, end) for end in ends):
+    if any(_is_activation(end) or _gates(record, end) for end, _ in ends):
         return roles.FC1_IN, None
     if flow.reaches_output_alone(record, out):
         return roles.HEAD_IN, None
-    width = record.shapes[tensor][-1]
-    normalised = [n for n in made_by if n.name in flow.NORMS]
-    if normalised:
-        behind = [shape for n in normalised for shape in flow.shapes_back(record, n.inputs[0])]
-        behind += flow.shapes_back(record, tensor)
-        if any(shape and shape[-1] < width for shape in behind):
-            return roles.MERGE_IN, None
-    return roles.OTHER_IN, None
+    return (roles.MERGE_IN if merges_tokens(record, tensor) else roles.OTHER_IN), None
 
 
-def _feeds_attention(record: Record, end: Node) -> bool:
-    if is_attention(record, end):
+def _comes_from_attention(record: Record, tensor: int) -> bool:
+    """Whether a tensor is what a value product gave, also with something added to it (LePE) or normalised (sub-LN)."""
+
+    def gave_it(made: Node, apart: bool) -> bool:
+        # multi_head_attention_forward holds its projection: a sum with its result is the residual stream.
+        projected = made.product is not None and made.product.kind == "mha"
+        return not (projected and apart) and is_attention(record, made) and softmax_dim_after(record, made) is None
+
+    return any(
+        gave_it(made, bool(extra))
+        for extra in (frozenset[str](), flow.ADDS, flow.NORMS)
+        for made in flow.sources(record, tensor, extra)
+    )
+
+
+def _is_depthwise(record: Record, node: Node) -> bool:
+    """Whether a node is a convolution of each channel by itself."""
+    if node.product is None or node.product.kind != "conv" or node.unsupported:
+        return False
+    shape = record.shapes[node.operands["input"]]
+    channels, (outputs, inputs, *_) = shape[-1 - spatial_dims(node)], record.shapes[node.operands["weight"]]
+    return inputs == 1 and outputs == channels > 1
+
+
+def _feeds_attention(record: Record, end: Node, number: int) -> bool:
+    if _takes(record, end, number):
         return True
     # Normalised or rotated queries and keys (SwinV2, DINOv3) go on to the score product.
     return (
         end.name in (flow.NORMS | flow.ADDS | flow.SCALES | {"normalize", "cat", "stack"})
         and any(
-            is_attention(record, later)
+            _takes(record, later, into)
             for out in end.outputs
-            for later, _ in flow.ends(record, out, extra=flow.ADDS | flow.SCALES | flow.NORMS | {"normalize"})
+            for later, into in flow.ends(record, out, flow.ADDS | flow.SCALES | flow.NORMS | {"normalize"})
         )
         and not _is_residual(record, end)
     )
+
+
+def _takes(record: Record, end: Node, number: int) -> bool:
+    """Whether an attention takes a tensor as an operand (and not as its mask)."""
+    return number in end.operands.values() and is_attention(record, end)
 
 
 def _is_residual(record: Record, end: Node) -> bool:
@@ -141,6 +148,15 @@ def _is_residual(record: Record, end: Node) -> bool:
 
 def _is_activation(node: Node) -> bool:
     return node.name in flow.ACTIVATIONS
+
+
+def _gates(record: Record, node: Node) -> bool:
+    """Whether a product of elements is x * sigmoid(a x), or one side of act(a) * b."""
+    if node.name not in flow.SCALES:
+        return False
+    return _gates_itself(record, node) or any(
+        _is_activation(made) for t in node.inputs for made in flow.sources(record, t)
+    )
 
 
 def _gates_itself(record: Record, node: Node) -> bool:
@@ -165,66 +181,3 @@ def _activation(record: Record, made_by: list[Node]) -> str | None:
                 if gate:
                     return {"silu": "swiglu", "gelu": "geglu"}.get(flow.ACTIVATIONS[gate[0].name], "glu")
     return None
-
-
-def axes_of(record: Record, node: Node, operand: str, role: str, ndim: int) -> tuple[str, ...]:
-    """What each dimension of an operand is."""
-    kind = node.product.kind if node.product else ""
-    if kind == "einsum":
-        return _einsum_axes(record, node, operand, role)
-    if role == roles.WEIGHT:
-        return _weight_axes(kind, operand, ndim)
-    if kind in ("conv", "convt"):
-        spatial = int(node.name.removesuffix("d")[-1])  # conv2d, conv_transpose2d
-        return (*("batch",) * (ndim - spatial - 1), "channel", *("token",) * spatial)
-    if kind == "mha":  # works on (tokens, batch, channels)
-        return ("token", "batch", "channel")[:: 1 if ndim == 3 else 2]
-    if kind == "linear":
-        return ("batch", *("token",) * (ndim - 2), "channel") if ndim > 1 else ("channel",)
-    if ndim == 1:
-        return ("channel",)
-    last = ("token", "token")
-    if role != roles.SOFTMAX_OUT:
-        # Of the right operand of a score product and the left one of a value product, rows are channels.
-        rows_are_channels = (operand == "rhs") != (role == roles.VALUE)
-        last = ("channel", "token") if rows_are_channels and operand in ("lhs", "rhs") else ("token", "channel")
-    front = ndim - 2
-    return ("batch",) * max(front - 1, min(front, 1)) + ("head",) * (front > 1) + last
-
-
-def _weight_axes(kind: str, operand: str, ndim: int) -> tuple[str, ...]:
-    if ndim == 1:
-        return ("in",)
-    transposed = kind == "convt" or operand == "rhs"
-    both = ("in", "channel") if transposed else ("channel", "in")
-    if kind == "matmul":
-        return (*("head",) * (ndim - 2), *both)
-    return (*both, *("kernel",) * (ndim - 2))
-
-
-def _labels(record: Record, node: Node, operand: str) -> list[str]:
-    return einsum_labels(node.args[0], int(operand == "rhs"), len(record.shapes[node.operands[operand]]))
-
-
-def _einsum_axes(record: Record, node: Node, operand: str, role: str) -> tuple[str, ...]:
-    """By label: summed over or not, in both operands or in one."""
-    own = _labels(record, node, operand)
-    other = _labels(record, node, "lhs" if operand == "rhs" else "rhs")
-    out = einsum_labels(node.args[0], -1, len(record.shapes[node.outputs[0]]))
-    constant = any(flow.is_constant(record, t) for t in node.operands.values())
-    # Summed over in attention: channels of queries and keys, tokens of probabilities and values.
-    summed = "token" if role in (roles.SOFTMAX_OUT, roles.VALUE) else "channel"
-    kept = "channel" if role == roles.VALUE else "token"
-    if role == roles.WEIGHT:
-        summed, kept = "in", "channel"
-    axes: list[str] = []
-    for label in own:
-        if label not in out:
-            axes.append(summed)
-        elif label in other:
-            axes.append("head" if role == roles.WEIGHT or "batch" in axes else "batch")
-        elif constant and role != roles.WEIGHT:
-            axes.append("token" if axes else "batch")
-        else:
-            axes.append(kept)
-    return tuple(axes)

@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from vitq.core import roles
 from vitq.core.batches import ForwardFn, default_forward, leading_size
 from vitq.core.errors import TraceError
 from vitq.core.site import REASON_CONSTANT, REASON_UNSUPPORTED, Call, Graph, NormLinear, Site
-from vitq.graph import flow
+from vitq.graph.axes import axes_of, inner_axes
 from vitq.graph.blocks import block_of, find_blocks
+from vitq.graph.dims import channel_ends
 from vitq.graph.insert import QuantizedOwner
 from vitq.graph.record import OUTSIDE, Node, Record, record
-from vitq.graph.roles import axes_of, inner_role, is_attention, operand_role
+from vitq.graph.roles import inner_role, operand_role
+from vitq.graph.scores import is_attention
 
 
 def trace(model: nn.Module, example: Any, forward_fn: ForwardFn = default_forward) -> Graph:
@@ -55,7 +56,8 @@ def trace(model: nn.Module, example: Any, forward_fn: ForwardFn = default_forwar
 def build_graph(model: nn.Module, log: Record, examples: int) -> Graph:
     """Turn a record into sites, calls, blocks and norm-linear pairs."""
     products = _first_visits(log)
-    blocks = find_blocks(model, [n.owner for n in products if is_attention(log, n)], log.order)
+    attentions = [n.owner for n in products if is_attention(log, n) and not n.constant]
+    blocks = find_blocks(model, attentions, log.order)
     sites: dict[str, Site] = {}
     calls: list[Call] = []
     weight_sites: dict[str, str] = {}
@@ -70,7 +72,7 @@ def build_graph(model: nn.Module, log: Record, examples: int) -> Graph:
         calls=tuple(calls),
         pairs=pairs,
         blocks=blocks,
-        has_attention=any(is_attention(log, n) for n in products),
+        has_attention=bool(attentions),
         example_images=max(examples, 1),
     )
 
@@ -117,13 +119,13 @@ def _call(
             ids.append(weight_sites[param])  # tied weights share one site
             continue
         shape = log.shapes[tensor]
-        axes = axes_of(log, node, operand, role, len(shape))
+        axes = axes_of(log, node, operand, role)
         ids.append(_add(sites, base, operand, role, axes, shape, producer, param, blocks))
         if param is not None:
             weight_sites[param] = ids[-1]
     for operand, shape in node.inner.items():
         role = inner_role(operand)
-        axes = _inner_axes(role, len(shape))
+        axes = inner_axes(log, node, role, len(shape))
         ids.append(_add(sites, base, operand, role, axes, shape, None, None, blocks))
     return replace(base, sites=tuple(ids), operands=(*node.operands, *node.inner))
 
@@ -169,18 +171,6 @@ def _add(
     return site.id
 
 
-def _inner_axes(role: str, ndim: int) -> tuple[str, ...]:
-    if role == roles.PROJ_IN:
-        return (
-            "token",
-            "batch",
-            "channel",
-        )  # multi_head_attention_forward works on (tokens, batch, channels)
-    last = ("token", "token") if role == roles.SOFTMAX_OUT else ("token", "channel")
-    front = ndim - 2
-    return ("batch",) * max(front - 1, min(front, 1)) + ("head",) * (front > 1) + last
-
-
 def _left_float(call: Call, reason: str, detail: str = "") -> Call:
     return replace(call, reason=reason, detail=detail)
 
@@ -196,7 +186,7 @@ def _pairs(model: nn.Module, log: Record, products: list[Node], sites: dict[str,
     for node in log.nodes:
         if node.name != "layer_norm" or visits[node.owner] > 1 or not _has_affine(log, node):
             continue
-        uses = flow.channel_ends(log, node.outputs[0])
+        uses = channel_ends(log, node.outputs[0])
         if not uses or not all(_takes_channels(by_id, use, tensor) for use, tensor in uses):
             continue
         linears = [use for use, _ in uses]

@@ -32,6 +32,7 @@ EXPONENT_SHIFT = 23
 EXPONENT_BIAS = 127
 LAST_CODE = 124  # codes from here on are zero: with them, powers stay normal numbers
 SMALLEST = 1e-30  # a scale for a group that is all zero
+LARGEST = torch.finfo(torch.float32).max / 2  # so that twice the scale is finite
 
 
 class _LogQuantizer(Quantizer):
@@ -58,7 +59,7 @@ class _LogQuantizer(Quantizer):
 
     def range_to_params(self, low: Tensor, high: Tensor) -> Params:
         """The scale is the top of the range; `low` is not used: zero always has a code."""
-        return {"scale": high.clamp(min=SMALLEST)}
+        return {"scale": high.clamp(SMALLEST, LARGEST)}
 
     def encode_with(self, x: Tensor, params: Params) -> Tensor:
         """Nearest code in the logarithmic domain; zero and what is too small get the zero code."""
@@ -67,7 +68,8 @@ class _LogQuantizer(Quantizer):
         steps = (EXPONENT_BIAS - (z.view(torch.int32) >> EXPONENT_SHIFT)).to(y.dtype)
         if y.requires_grad:
             steps = straight_through(steps, y.log2() * -self.steps)
-        return torch.where(steps >= self._zero_from, float(self.zero_code), steps.clamp(0, self._last))
+        code = torch.where(steps >= self._zero_from, float(self.zero_code), steps.clamp(0, self._last))
+        return code.masked_fill(y.isnan(), math.nan)  # its exponent would be that of a large number
 
     def decode_with(self, code: Tensor, params: Params) -> Tensor:
         """scale * base**-code; the zero code is 0."""
@@ -75,7 +77,7 @@ class _LogQuantizer(Quantizer):
         value = self._root((exponent << EXPONENT_SHIFT).view(torch.float32))
         if code.requires_grad:
             value = straight_through(value, torch.exp2(code / -self.steps))
-        return torch.where(code > self._last, 0.0, params["scale"] * value)
+        return torch.where(code <= self._last, params["scale"] * value, 0.0 * code)  # NaN stays NaN
 
     def simulate_with(self, x: Tensor, params: Params) -> Tensor:
         """decode(encode(x)), in place where there are no gradients."""

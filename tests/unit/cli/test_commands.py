@@ -13,7 +13,6 @@ import pytest
 import torch
 
 import vitq
-from vitq.cli import demo
 from vitq.cli.recipes import parse_options
 from vitq.core.recipe import MODIFIERS, RECIPES
 from vitq.data.images import open_images
@@ -309,41 +308,6 @@ def test_quiet_prints_nothing_when_all_is_well(
     for words in commands:
         answer = run(*words, "--quiet")
         assert (answer.code, answer.out, answer.err) == (0, "", ""), words
-
-
-@pytest.mark.parametrize("recipe", ["minmax"])
-def test_demo_makes_artifacts_that_reload(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str
-) -> None:
-    monkeypatch.setattr(demo, "BITS", ("w8a8",))
-    monkeypatch.setattr(demo, "IMAGES", 8)
-    monkeypatch.setattr(demo, "RECIPES", {recipe: RECIPES[recipe]})
-    words = ("demo", "--out", tmp_path / "demo", "--shared", tmp_path / "nothing")
-    answer = run(*words, json_file=True)
-    assert answer.code == 0, answer.err
-    rows = answer.json["rows"]
-    assert {row["model"] for row in rows} == {"seeded_swin", "seeded_vit"}
-    assert {row["reloads"] for row in rows} == {"identical"}
-    assert "no real weights" in answer.err
-    assert vitq.load(tmp_path / "demo" / "seeded_vit_minmax_w8a8")(seeded_images(1)).shape == (1, 10)
-    assert run(*words, "--quiet").code == 0, "a second demo replaces the first one's artifacts"
-
-
-def test_demo_quantizes_real_weights_where_they_are(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, photos: Path
-) -> None:
-    (tmp_path / "shared" / "models").mkdir(parents=True)
-    (tmp_path / "shared" / "models" / f"{demo.SHARED}.safetensors").touch()
-    (tmp_path / "shared" / "data" / "imagenet_sample").mkdir(parents=True)
-    asked: list[tuple[object, ...]] = []
-    monkeypatch.setattr(demo, "BITS", ())
-    monkeypatch.setattr(demo, "quantize_command", lambda *words, **options: asked.append((*words, options)))
-    assert run("demo", "--out", tmp_path / "demo", "--shared", tmp_path / "shared").code == 0
-    ((model, calib, out, options),) = asked
-    assert (model, out) == (demo.SHARED, tmp_path / "demo" / demo.SHARED)
-    assert str(calib).endswith("calib")
-    assert isinstance(options, dict)
-    assert options["force"]
 
 
 def test_unicode_and_spaces_in_paths(run: Run, tmp_path: Path, weights: Path) -> None:

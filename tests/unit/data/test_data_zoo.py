@@ -1,15 +1,30 @@
-"""The seeded zoo: the same everywhere, with the outliers that make quantization hard."""
+"""The zoo: seeded models with the outliers that make quantization hard, and trained models with their images."""
 
 from __future__ import annotations
+
+from importlib.resources import files
 
 import pytest
 import torch
 from torch import nn
 
 from vitq.core.errors import UnknownNameError
-from vitq.data.zoo import build_zoo, seeded_images, zoo_names, zoo_preprocess
+from vitq.data.images import open_images, without_overlap
+from vitq.data.source import build_model, load_model
+from vitq.data.zoo import (
+    build_zoo,
+    image_set_names,
+    seeded_images,
+    zoo_images,
+    zoo_names,
+    zoo_preprocess,
+    zoo_store,
+)
 
 NAMES = zoo_names()
+SEEDED = [name for name in NAMES if name.startswith("seeded")]
+TRAINED = [name for name in NAMES if name.startswith("fashion")]
+SETS = {"fashion_calib": 300, "fashion_test": 2000}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -22,7 +37,7 @@ def test_a_zoo_model_is_the_same_whatever_the_random_state(name: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SEEDED)
 def test_a_zoo_model_tells_its_images_apart(name: str) -> None:
     model = build_zoo(name)
     with torch.no_grad():
@@ -33,14 +48,15 @@ def test_a_zoo_model_tells_its_images_apart(name: str) -> None:
     assert logits.argmax(1).unique().numel() >= 3
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SEEDED)
 def test_norms_have_outlier_channels(name: str) -> None:
     gammas = [m.weight for m in build_zoo(name).modules() if isinstance(m, nn.LayerNorm)]
     assert all(gamma.max() > 2.5 * gamma.median() for gamma in gammas)
 
 
-def test_the_swin_shifts_its_windows_and_merges_once() -> None:
-    modules = dict(build_zoo("seeded_swin").named_modules())
+@pytest.mark.parametrize("name", ["fashion_swin", "seeded_swin"])
+def test_the_swin_shifts_its_windows_and_merges_once(name: str) -> None:
+    modules = dict(build_zoo(name).named_modules())
     assert any(getattr(m, "shift_size", (0, 0)) != (0, 0) for m in modules.values())
     assert sum(type(m).__name__ == "PatchMerging" for m in modules.values()) == 1
 
@@ -60,3 +76,59 @@ def test_unknown_zoo_names_are_refused() -> None:
         with pytest.raises(UnknownNameError, match="seeded_vit"):
             function("seeded_vitt")
     assert zoo_preprocess("seeded_vit").input_size == (3, 32, 32)
+    for function in (zoo_images, zoo_store, lambda name: open_images(f"zoo:{name}")):
+        with pytest.raises(UnknownNameError, match="fashion_test"):
+            function("fashion_tset")
+
+
+@pytest.mark.parametrize(("name", "least"), [("fashion_vit", 89), ("fashion_swin", 88)])
+def test_a_trained_model_is_as_accurate_as_docs_zoo_says(name: str, least: float) -> None:
+    model = build_zoo(name)
+    images, labels = zoo_images("fashion_test")
+    with torch.inference_mode():
+        predicted = torch.cat([model(part).argmax(1) for part in images.split(100)])
+    assert 100 * (predicted == labels).double().mean() >= least
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_trained_model_loads_by_name_and_from_its_record(name: str) -> None:
+    loaded = load_model(f"zoo:{name}")
+    assert (loaded.num_classes, loaded.preprocess) == (10, zoo_preprocess(name))
+    assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.float32}
+    rounded = all(torch.equal(p, p.half().float()) for p in loaded.model.parameters())
+    assert rounded, "accuracy is that of the stored float16 weights"
+    images = zoo_images("fashion_calib")[0][:4]
+    with torch.no_grad():
+        assert torch.equal(build_model(loaded.source)(images), loaded.model(images))
+
+
+def test_what_is_embedded_is_small_and_comes_with_its_licence() -> None:
+    folder = files("vitq.data.zoo").joinpath("files")
+    sizes = {item.name: len(item.read_bytes()) for item in folder.iterdir()}
+    assert sum(sizes.values()) < 6_000_000
+    assert {f"{name}.npz" for name in SETS} | {f"{name}.safetensors" for name in TRAINED} <= sizes.keys()
+    assert "Zalando" in folder.joinpath("LICENSE-fashion-mnist.txt").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("name", "count"), SETS.items())
+def test_an_image_set_is_balanced_and_read_alike_in_both_ways(name: str, count: int) -> None:
+    opened = open_images(f"zoo:{name}", num_classes=10)
+    assert name in image_set_names()
+    assert len(opened) == len(set(opened.ids)) == count
+    assert opened.labels is not None
+    assert opened.labels.bincount().tolist() == [count // 10] * 10
+    images, labels = zoo_images(name)
+    assert torch.equal(labels, opened.labels)
+    few = list(range(0, count, 30))
+    assert torch.equal(images[few], opened.subset(few).tensor(zoo_preprocess("fashion_vit")))
+    assert images.min() >= -1
+    assert images.max() <= 1
+    opened.check(sample=10)
+    assert open_images(f"zoo:{name}", labels="none").labels is None
+
+
+def test_no_image_is_both_calibrated_on_and_tested_on() -> None:
+    calib, test = open_images("zoo:fashion_calib"), open_images("zoo:fashion_test")
+    assert not set(calib.digests()) & set(test.digests())
+    kept, left_out = without_overlap(calib, test)
+    assert (len(kept), left_out) == (2000, [])
