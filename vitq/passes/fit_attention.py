@@ -8,9 +8,9 @@ Source:  the criterion of PTQ4ViT, arXiv 2111.12293, section 3.2 (error of the p
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
 from typing import final
 
 import torch
@@ -25,6 +25,7 @@ from vitq.core.roles import SOFTMAX_OUT, VALUE
 from vitq.quantizers.base import Params, Quantizer
 
 CHUNK = 2**21  # candidate-values scored at a time
+GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 @PASSES.register("fit_attention")
@@ -34,8 +35,8 @@ class FitAttention(Pass):
 
     Args:
         tops: the tops of the range that are tried, in parts of the largest probability.
-        matrices: how many attention matrices are looked at: evenly spread over images and heads, in equal shares from
-            the micro-batches, at least one from each of the first so many.
+        matrices: how many attention matrices are looked at, evenly spread over images, heads and windows. Which
+            they are does not depend on the micro-batches.
         rows: how many rows of each.
 
     Sites whose scale is not one per tensor, and products that are not rows of probabilities times values, keep
@@ -66,14 +67,15 @@ class FitAttention(Pass):
         if data is None or not pairs:
             qmodel.log["fit_attention"] = {"fitted": 0, "kept": len(pairs)}
             return
-        share = max(1, self.matrices // len(data.sizes))
-        seen = {softmax: _Operands(share, self.rows) for softmax, _ in pairs}
+        place = _Place(self.matrices, data.count)
+        seen = {softmax: _Operands(place, self.rows) for softmax, _ in pairs}
         try:
             for softmax, value in pairs:
                 qmodel.quantizers[softmax].observer = partial(_show, seen[softmax].see_probabilities)
                 qmodel.quantizers[value].observer = partial(_show, seen[softmax].see_values)
-            for batch in islice(data, self.matrices):
-                data.forward(qmodel.model, batch)
+            for batch, images in zip(data, data.sizes, strict=True):
+                if place.at(images):
+                    data.forward(qmodel.model, batch)
         finally:
             for softmax, value in pairs:
                 qmodel.quantizers[softmax].observer = qmodel.quantizers[value].observer = None
@@ -112,29 +114,63 @@ def _show(look: object, quantizer: object, x: Tensor) -> None:
     look(x)
 
 
+class _Place:
+    """Where in the data the model is, and which matrices of each image are looked at."""
+
+    def __init__(self, matrices: int, images: int) -> None:
+        self.share = matrices / images
+        self.first = self.images = 0
+
+    def at(self, images: int) -> bool:
+        """The next micro-batch has so many images; whether any of them is looked at."""
+        self.first, self.images = self.first + self.images, images
+        return any(self._turns(image) for image in range(images))
+
+    def chosen(self, matrices: int) -> list[int]:
+        """Positions in the present micro-batch's matrices, which are those of one image after the other."""
+        each = matrices // self.images
+        found: list[int] = []
+        for image in range(self.images):
+            turns = self._turns(image)
+            # Multiples of the golden ratio spread evenly, however many there will be.
+            some = range(each) if len(turns) >= each else sorted({int(turn * GOLDEN % 1 * each) for turn in turns})
+            found += [image * each + number for number in some]
+        return found
+
+    def _turns(self, image: int) -> range:
+        number = self.first + image
+        return range(math.ceil(number * self.share), math.ceil((number + 1) * self.share))
+
+
 @dataclass
 class _Operands:
     """A sample of one product's operands, gathered over micro-batches."""
 
-    matrices: int  # of each micro-batch
+    place: _Place
     rows: int
     probabilities: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
     top: Tensor = field(default_factory=lambda: torch.zeros(1))
     usable: bool = True
-    chosen: Tensor | None = None
+    chosen: list[int] = field(default_factory=list)
     front: torch.Size = field(default_factory=torch.Size)
 
     def see_probabilities(self, x: Tensor) -> None:
         """(..., N, S)"""
-        self.top = torch.maximum(self.top.to(x.device), x.detach().max().float().reshape(1))
         self.front = x.shape[:-2]
         flat = x.detach().reshape(-1, *x.shape[-2:])
-        self.chosen = _spread(len(flat), self.matrices)
-        self.probabilities.append(flat[self.chosen][:, _spread(flat.shape[1], self.rows)].float())
+        if len(flat) % self.place.images:
+            self.usable = False
+            return
+        self.chosen = self.place.chosen(len(flat))
+        some = flat[self.chosen].float()
+        self.top = torch.maximum(self.top.to(x.device), some.max().reshape(1))
+        self.probabilities.append(some[:, _spread(some.shape[1], self.rows)])
 
     def see_values(self, x: Tensor) -> None:
         """(..., S, D)"""
+        if not self.usable:
+            return
         last = self.probabilities[-1]
         try:
             flat = x.detach().expand(*self.front, *x.shape[-2:]).reshape(-1, *x.shape[-2:])

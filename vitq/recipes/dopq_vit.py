@@ -5,7 +5,7 @@ Source: Yang et al., arXiv 2408.03291 (v1 August 2024, v3 June 2025). No code is
 **A reconstruction.** The abstracts give the two ideas, not the formulas. TanQ is `quantizers/tan.py`; its center, slope
 and top are chosen per attention map by the error of the product with the values (`passes/fit_attention.py`), on the
 quantized model. MOSF: the scale that minimises the mean absolute deviation from the channels' scales is their median.
-The paper's block-wise optimisation is not part of this recipe; the rest is that of RepQ-ViT.
+It differs from the paper further in that the block-wise optimisation is not part of it; the rest is that of RepQ-ViT.
 
 With exact folding the choice of the median has no effect: any positive merged scale and whole zero-point give the same
 codes (docs/decisions/rewrites.md). It has one in the arithmetic of the official RepQ-ViT code, which keeps the mean of
