@@ -1,8 +1,8 @@
 """Linear layers on integer codes: what a compiled model runs on an x86 processor in place of the simulated product.
 
 Where input and weight are uniform with one scale per tensor and per output channel, the product of the dequantized
-operands is a scaled product of their codes. oneDNN computes that exactly, in bytes, in about half the time of a
-float product; the simulated one rounds every sum to float32, so the two agree to float precision, not bit for bit.
+operands is a scaled product of their codes. oneDNN computes that exactly, in bytes, faster than a float product; the
+simulated one rounds every sum to float32, so the two agree to float precision, not bit for bit.
 
 A NaN has no code: it is not passed on.
 
