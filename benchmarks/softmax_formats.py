@@ -14,6 +14,7 @@ The plot has the levels of one layer, and error_av of all layers.
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,8 @@ def main() -> int:
     shared = Shared(args.shared)
     if shared.missing:
         args_parser.error(f"nothing can be measured: {shared.missing}")
+    if importlib.util.find_spec("matplotlib") is None:
+        args_parser.error("the plot needs matplotlib; install it with vitq's extra `report`")
     out = results_folder(args)
     loaded, count = shared.model(), 4 if args.quick else 32
     calibration = shared.calibration(0).subset(range(count)).tensor(loaded.preprocess)
