@@ -9,8 +9,8 @@ outside of the repository, and an interrupted extraction goes on where it stoppe
 model, head included, on 32 training images, and is evaluated on the 10,000 test images, which resolve half a point.
 
 A row per recipe, bits and seed: top-1 of the float and of the quantized model on the same images, 95 % intervals over
-images, and the paired difference from the first recipe of the run. A run of one recipe leaves out what is there for this
-commit; one of several measures all of them, because it pairs them image by image.
+images, and the paired difference from the first recipe of the run. A run of one recipe leaves out what is there for
+this commit; one of several measures all of them, because it pairs them image by image.
 """
 
 from __future__ import annotations
