@@ -66,7 +66,8 @@ class Batches:
 
         Tensors are cut into micro-batches of 32. An iterable's batches are taken as they come. Those of a generator
         are kept, so that it can be gone through again; a data loader, or whatever else gives a fresh iterator every
-        time, is read again and again, so that memory stays flat.
+        time, is read again and again, so that memory stays flat; one that shuffles gives up that the same seed means
+        the same bits.
 
         Raises:
             DataError: no data, or NaN or Inf in it.

@@ -35,8 +35,10 @@ def oracle(codes: Tensor, scale: float, zero_point: int, weight: Tensor, bias: T
 @pytest.mark.parametrize("zero_point", [-3, 0, 7, 300])
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_the_product_of_codes_is_the_product_of_values(
-    shape: tuple[int, ...], bits: int, largest: int, zero_point: int, with_bias: bool
+    shape: tuple[int, ...], bits: int, largest: int, zero_point: int, with_bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if bits < 8 and shape[0]:  # else pairs of products may not fit 16 bits, and the float product is taken
+        monkeypatch.setattr(integer.F, "linear", None)
     weight, steps = grid(10, 24, largest)
     codes = torch.randint(0, 2**bits, shape, dtype=torch.uint8)
     codes.flatten()[:24] = 2**bits - 1  # where pairs of products are largest
