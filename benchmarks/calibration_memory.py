@@ -5,28 +5,28 @@ Each run is a process of its own on the embedded `seeded_vit`. What is written t
     before_mb     the same before quantizing, after one float forward of 32 images
     grown_mb      how much of the peak came with quantizing
     data_mb       what all images would take if they were kept
-
-    python benchmarks/calibration_memory.py [--images 32 1000 10000] [--recipes minmax percentile repq_vit]
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import torch
-from _common import RESULTS, Steps
+from _common import Steps, fresh, parser, provenance, resident, results_folder
 from torch import Tensor
 
 from vitq.core.batches import MICRO_BATCH, sizes_of
+from vitq.report.table import append_rows
 
+KEY = ("model", "recipe", "bits", "images")
 MODEL = "seeded_vit"
 IMAGES = (32, 1000, 10_000)
+QUICK = (32, 100)
 RECIPES = ("minmax", "percentile", "repq_vit")
 SIZE = 32
 
@@ -46,55 +46,50 @@ class Stream:
             yield (rows[..., :, None] + columns[..., None, :]).tanh()
 
 
-def measure(recipe: str, count: int) -> dict[str, str]:
+def measure(recipe: str, count: int) -> dict[str, Any]:
     """One run, in this process."""
     import vitq
-    from vitq.cli.console import peak_rss_mb
     from vitq.data.zoo import build_zoo
 
     torch.set_num_threads(1)
     model, stream = build_zoo(MODEL), Stream(count)
     with torch.no_grad():
         model(next(iter(stream)))
-    before, start = peak_rss_mb(), time.perf_counter()
+    before, start = resident("VmHWM"), time.perf_counter()
     vitq.quantize(model, recipe, "w4a4", stream)
-    seconds, peak = time.perf_counter() - start, peak_rss_mb()
+    seconds, peak = time.perf_counter() - start, resident("VmHWM")
     return {
         "model": MODEL,
         "recipe": recipe,
         "bits": "w4a4",
-        "images": str(count),
+        "images": count,
         "peak_mb": f"{peak:.1f}",
         "before_mb": f"{before:.1f}",
         "grown_mb": f"{peak - before:.1f}",
         "data_mb": f"{count * 3 * SIZE * SIZE * 4 / 2**20:.1f}",
         "seconds": f"{seconds:.1f}",
-        "torch": torch.__version__,
     }
 
 
-def main() -> None:
-    """Run every recipe and number of images, each in a fresh process, and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, nargs="+", default=IMAGES)
-    parser.add_argument("--recipes", nargs="+", default=RECIPES)
-    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    if asked.one:
-        print(json.dumps(measure(asked.recipes[0], asked.images[0])))
-        return
-    rows, steps = [], Steps(len(asked.images) * len(asked.recipes))
-    for recipe in asked.recipes:
-        for count in asked.images:
-            words = ["--one", "--recipes", recipe, "--images", str(count)]
-            found = subprocess.run([sys.executable, __file__, *words], check=True, capture_output=True, text=True)
-            rows.append(json.loads(found.stdout))
-            steps.step(f"{recipe} {count} images: {rows[-1]['peak_mb']} MB, of which {rows[-1]['grown_mb']} grown")
-    with (RESULTS / "calibration_memory.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+def main() -> int:
+    """Entry point: every recipe and number of images, each in a fresh process."""
+    options = parser(__doc__, "example: python benchmarks/calibration_memory.py --recipes repq_vit", shared=False)
+    options.add_argument("--images", type=int, nargs="+", help="numbers of images (default: 32 1000 10000)")
+    options.add_argument("--recipes", nargs="+", default=RECIPES)
+    options.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    args = options.parse_args()
+    counts = args.images or (QUICK if args.quick else IMAGES)
+    if args.one:
+        print(json.dumps(measure(args.recipes[0], counts[0])))
+        return 0
+    file, steps = results_folder(args) / "calibration_memory.csv", Steps(len(counts) * len(args.recipes))
+    for recipe in args.recipes:
+        for count in counts:
+            row = json.loads(fresh([__file__, "--one", "--recipes", recipe, "--images", str(count)]))
+            append_rows(file, [row | provenance()], KEY)
+            steps.step(f"{recipe} {count} images: {row['peak_mb']} MB, of which {row['grown_mb']} grown")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -15,15 +15,21 @@ from pathlib import Path
 
 from _common import ROOT, Shared, clock, parser, results_folder
 
+ON_PHOTOS = ("accuracy.py", "softmax_formats.py", "cifar10_probe.py")
+
 
 def plan(args: argparse.Namespace, out: Path) -> dict[str, list[str]]:
     """The scripts to run, with their arguments."""
     shared = Shared(args.shared.resolve())
-    common = ["--out", str(out), "--shared", str(shared.path), *(["--quick"] if args.quick else [])]
-    scripts = {"speed.py": common}
+    quick = ["--quick"] if args.quick else []
+    common = ["--shared", str(shared.path), *quick]
+    if out != ROOT / "results":  # such numbers are not for the pages
+        common += ["--out", str(out)]
+    scripts = {"speed.py": common, "calibration_memory.py": [*quick, "--out", str(out)], "zoo_statistics.py": common}
     if shared.missing:
-        skip("accuracy.py", f"it needs weights, photos and stored predictions: {shared.missing}")
+        skip(", ".join(ON_PHOTOS), f"they need weights, photos and stored predictions: {shared.missing}")
     else:
+        scripts |= dict.fromkeys(ON_PHOTOS, common)
         scripts["accuracy.py"] = [*common, *(["--force"] if args.force else [])]
     if args.official is None:
         skip("repq_parity.py", "it needs the classification folder of a RepQ-ViT checkout: --official PATH")
