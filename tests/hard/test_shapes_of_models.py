@@ -19,7 +19,7 @@ from vitq.core.format import Format
 from vitq.core.recipe import PassSpec, Recipe, Rule
 from vitq.core.roles import WEIGHT
 from vitq.data.zoo import build_zoo, seeded_images
-from vitq.quantizers.base import Layout
+from vitq.quantizers.layout import Layout
 from vitq.quantizers.uniform import UniformQuantizer
 
 CALIB, UNSEEN = seeded_images(8), seeded_images(4, seed=1)

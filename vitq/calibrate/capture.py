@@ -14,14 +14,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
-from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import Tensor
 
-from vitq.calibrate.store import Store
+from vitq.calibrate.blocks import Stop, call_block, stream_blocks
 from vitq.core.batches import Batches
 from vitq.core.progress import Progress, Task
 from vitq.core.qmodel import QuantModel
@@ -36,10 +34,6 @@ class Watcher(Protocol):
 
     def finish(self) -> None:
         """All micro-batches have been seen: act on them, for example fit and switch on the quantizer."""
-
-
-class _Stop(Exception):  # noqa: N818  it is a way out of a forward, not an error
-    """Nothing further of this forward is needed."""
 
 
 @torch.no_grad()
@@ -124,15 +118,12 @@ class _Stages:
 
     def run(self) -> None:
         blocks = [b for b in self.qmodel.graph.blocks if any(s.block == b for s in self.pending.values())]
-        chained = self._chained(blocks)
-        inputs: Store | None = None
-        for number, name in enumerate(blocks):
-            block = self.qmodel.model.get_submodule(name)
-            if inputs is None:
-                inputs = self._inputs_of(block)
-            self._finish_sites(inputs, partial(_call, block))
-            follows = number + 1 < len(blocks) and chained[number]
-            inputs = self._through(block, inputs) if follows else None
+        for _, block, inputs in stream_blocks(self.qmodel, self.data, blocks, self._run_model):
+            self._finish_sites(inputs, partial(call_block, block))
+        self._run_model()
+
+    def _run_model(self) -> None:
+        """Finish what is reached on the way, until the whole model runs (or somebody behind stops it)."""
         self._finish_sites(self.data, lambda batch: self.data.forward(self.qmodel.model, batch))
 
     def _finish_sites(self, items: Iterable[Any], run: Callable[[Any], Any]) -> None:
@@ -142,7 +133,7 @@ class _Stages:
             with self._stopping_at_pending():
                 for item, images in zip(items, self.data.sizes, strict=True):
                     self.images = images
-                    with suppress(_Stop):
+                    with suppress(Stop):
                         run(item)
             if self.reached is None or self.watcher is None:
                 return
@@ -157,7 +148,7 @@ class _Stages:
                 self.reached, self.watcher = site, self.make(site)
             if site is self.reached and self.watcher is not None:
                 self.watcher.observe(x, self.images)
-            raise _Stop
+            raise Stop
 
         for site in self.pending.values():
             _observe_with(self.qmodel, site, partial(look, site))
@@ -166,73 +157,3 @@ class _Stages:
         finally:
             for site in self.pending.values():
                 self.qmodel.quantizers[site].observer = None
-
-    def _inputs_of(self, block: nn.Module) -> Store:
-        """Inputs of a block from the start of the model; sites outside of blocks on the way are finished."""
-        store = Store()
-
-        def catch(module: nn.Module, args: Any, kwargs: Any) -> None:
-            store.append(_plain((args, kwargs)))
-            raise _Stop
-
-        handle = block.register_forward_pre_hook(catch, with_kwargs=True)
-        try:
-            # The last go, which meets no pending site before the block, is the one that fills the store.
-            self._finish_sites(self.data, lambda batch: self.data.forward(self.qmodel.model, batch))
-        finally:
-            handle.remove()
-        return store
-
-    def _through(self, block: nn.Module, inputs: Store) -> Store:
-        outputs = Store()
-        for args, kwargs in inputs:
-            out = block(*args, **kwargs)
-            first = out[0] if isinstance(out, tuple) else out
-            outputs.append(_plain(((first, *args[1:]), kwargs)))
-        return outputs
-
-    def _chained(self, blocks: list[str]) -> list[bool]:
-        """Whether each block's input is the output of the one before, and its other inputs are the same."""
-        calls: dict[str, tuple[Any, Any, Any]] = {}
-        handles = []
-        for name in blocks:
-
-            def note(module: nn.Module, args: Any, kwargs: Any, out: Any, name: str = name) -> None:
-                calls[name] = (args, kwargs, out[0] if isinstance(out, tuple) else out)
-
-            handles.append(self.qmodel.model.get_submodule(name).register_forward_hook(note, with_kwargs=True))
-        try:
-            self.data.forward(self.qmodel.model, _one(next(iter(self.data))))
-        finally:
-            for handle in handles:
-                handle.remove()
-        return [_follows(calls.get(a), calls.get(b)) for a, b in pairwise(blocks)]
-
-
-def _call(block: nn.Module, item: tuple[Any, Any]) -> Any:
-    # A copy, because a block may change its input in place (x += ...) and runs many times on it.
-    args, kwargs = pytree.tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, item)
-    return block(*args, **kwargs)
-
-
-def _follows(before: tuple[Any, Any, Any] | None, after: tuple[Any, Any, Any] | None) -> bool:
-    if before is None or after is None or not after[0] or not before[0]:
-        return False
-    others = [(before[0][1:], after[0][1:]), (before[1], after[1])]
-    same = all(_identical(a, b) for a, b in others)
-    return after[0][0] is before[2] and same
-
-
-def _identical(a: Any, b: Any) -> bool:
-    left, right = pytree.tree_leaves(a), pytree.tree_leaves(b)
-    return len(left) == len(right) and all(
-        x is y or (not isinstance(x, Tensor) and x == y) for x, y in zip(left, right, strict=True)
-    )
-
-
-def _one(batch: Any) -> Any:
-    return pytree.tree_map(lambda t: t[:1] if isinstance(t, Tensor) and t.ndim else t, batch)
-
-
-def _plain(item: Any) -> Any:
-    return pytree.tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, item)

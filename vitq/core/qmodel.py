@@ -22,6 +22,7 @@ class SiteQuantizer(Protocol):
     bits: int
     state: str
     baked: bool
+    rounded: Tensor | None
     observer: Any
     exportable: bool
 
@@ -175,7 +176,7 @@ class QuantModel(nn.Module):
             weight = self.weight(site)
             if bake and site.role == WEIGHT and weight is not None and not quantizer.baked:
                 weight.data = quantizer(weight.data)
-                quantizer.baked = True
+                quantizer.baked, quantizer.rounded = True, None
         self.frozen = bake
         return self
 
@@ -203,6 +204,7 @@ class QuantModel(nn.Module):
         total = sum(p.numel() for p in self.model.parameters())
         coded = {id(self.weight(s)) for s in self.sites()}
         rest = sum(8 * p.nbytes for p in self.model.parameters() if id(p) not in coded)
+        rest += sum(rewrite.extra_bits() for rewrite in self.rewrites)
         return {
             "weight": round((codes + side) / values, 4) if values else 32.0,
             "model": round((codes + side + rest) / total, 4) if total else 32.0,

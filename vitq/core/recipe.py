@@ -244,6 +244,12 @@ def resolve_recipe(spec: str | Recipe | RecipeFn, bits: Bits, options: Mapping[s
             raise CompositionError(f"{extra!r} is a recipe, not a modifier; one quantization has one recipe")
     built = compose(built, [MODIFIERS[extra](*_widths(bits)) for extra in extras])
     if not isinstance(spec, Recipe):
+        if (
+            bits.weight is not None
+            and bits.weight >= FLOAT_FROM
+            and any(p.build().slot == "round" for p in built.passes)
+        ):
+            raise CompositionError(f"{built.name!r} rounds weights, and {bits} leaves them in float")
         built = built.without_float_sides(bits)
     check_order(built)
     return built

@@ -35,6 +35,10 @@ class Rewrite(ABC):
         """Make the structural part of the change, so that the changed state fits the model."""
         return
 
+    def extra_bits(self) -> int:
+        """Bits that inference needs beyond the model's own parameters and codes."""
+        return 0
+
     @abstractmethod
     def apply(self, model: nn.Module) -> None:
         """Change the values, in place."""

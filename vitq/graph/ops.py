@@ -7,6 +7,7 @@ executed through its ATen overload: modes of outer owners do not count that agai
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -257,6 +258,7 @@ PRODUCTS: dict[Any, Product] = {
     torch.mm: MATMUL,
     Tensor.matmul: MATMUL,
     Tensor.__matmul__: MATMUL,
+    operator.matmul: MATMUL,  # what `@` is while torch.export traces strictly
     Tensor.bmm: MATMUL,
     Tensor.mm: MATMUL,
     Tensor.__rmatmul__: Product("matmul", _rmatmul, _run_rmatmul, _macs_rmatmul),

@@ -22,104 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from vitq.core.errors import DataError, InputError, NotFittedError
-from vitq.core.format import Format
+from vitq.quantizers.layout import Layout
 
 State = Literal["off", "on", "learn"]
 Params = dict[str, Tensor]
 Observer = Callable[["Quantizer", Tensor], None]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Which dimensions of a tensor keep a scale of their own.
-
-    Attributes:
-        keep: negative dimensions with one scale per index; empty for one scale in all.
-        sizes: their sizes, aligned with `keep`.
-        ndim: dimensions of the scale, counted from the right.
-        group: size of the groups that the last dimension is cut into, 0 for none. The groups become a kept
-            dimension right before their members.
-    """
-
-    keep: tuple[int, ...] = ()
-    sizes: tuple[int, ...] = ()
-    ndim: int = 0
-    group: int = 0
-
-    @classmethod
-    def for_site(cls, fmt: Format, axes: tuple[str, ...], shape: tuple[int, ...]) -> Layout:
-        """Layout of a format at a site.
-
-        Raises:
-            InputError: the site has no such axis, or the group size does not divide its channels.
-        """
-        if fmt.per == "tensor":
-            return cls()
-        ndim = len(axes)
-        if fmt.per.startswith("group:"):
-            return cls._grouped(int(fmt.per.removeprefix("group:")), axes, shape)
-        dims = [i for i, axis in enumerate(axes) if axis == fmt.per]
-        if not dims:
-            raise InputError(f"format {fmt} needs an axis {fmt.per!r}; this site has {', '.join(axes)}")
-        dim = dims[0] - ndim
-        return cls((dim,), (shape[dim],), -dim)
-
-    @classmethod
-    def _grouped(cls, size: int, axes: tuple[str, ...], shape: tuple[int, ...]) -> Layout:
-        weight = "in" in axes
-        name = "in" if weight else "channel"
-        if name not in axes or axes.index(name) != len(axes) - 1:
-            raise InputError(f"groups of {size} need {name!r} as the last axis; this site has {', '.join(axes)}")
-        if shape[-1] % size:
-            raise InputError(f"groups of {size} do not divide {shape[-1]} channels; choose a divisor")
-        keep = (-3, -2) if weight else (-2,)
-        sizes = (shape[0], shape[-1] // size) if weight else (shape[-1] // size,)
-        return cls(keep, sizes, -keep[0], size)
-
-    @property
-    def groups(self) -> int:
-        """How many scales there are."""
-        return math.prod(self.sizes)
-
-    @property
-    def scale_shape(self) -> tuple[int, ...]:
-        """Shape of a scale that broadcasts to a split tensor."""
-        shape = [1] * self.ndim
-        for dim, size in zip(self.keep, self.sizes, strict=True):
-            shape[dim] = size
-        return tuple(shape)
-
-    def split(self, x: Tensor) -> Tensor:
-        """View of x with the groups as a dimension (x itself without groups).
-
-        Raises:
-            DataError: the sizes of x are not those that the scales were made for.
-        """
-        if not self.keep:
-            return x
-        if self.group and x.ndim and x.shape[-1] % self.group == 0:
-            x = x.unflatten(-1, (-1, self.group))
-        # Broadcasting would share a scale among what has none, or fail with a message about tensors.
-        found = tuple(x.shape[d] if x.ndim >= -d else 0 for d in self.keep)
-        if found != self.sizes:
-            raise DataError(
-                f"scales for {self.sizes} at dimensions {self.keep} do not fit a tensor of shape {tuple(x.shape)}; "
-                f"give inputs of the size that was calibrated on, or use one scale per tensor or per channel there"
-            )
-        return x
-
-    def join(self, x: Tensor) -> Tensor:
-        """Inverse of `split`."""
-        return x.flatten(-2) if self.group else x
-
-    def by_group(self, x: Tensor) -> Tensor:
-        """x as (groups, values of the group), rows contiguous."""
-        x = self.split(x)
-        if not self.keep:
-            return x.reshape(1, -1)
-        front = [d % x.ndim for d in self.keep]
-        rest = [d for d in range(x.ndim) if d not in front]
-        return x.permute(front + rest).reshape(self.groups, -1)
 
 
 class Quantizer(nn.Module):
@@ -147,6 +54,7 @@ class Quantizer(nn.Module):
         self.state: State = "off"
         self.observer: Observer | None = None
         self.baked = False  # the tensor at this site already holds decoded values
+        self.rounded: Tensor | None = None  # decoded values of codes that a pass chose, instead of the nearest ones
         self.where = ""  # the site it is at, for messages
         for name in self.fields:
             self.register_buffer(name, torch.full(self.layout.scale_shape, math.nan))
@@ -219,9 +127,22 @@ class Quantizer(nn.Module):
                 )
             old = getattr(self, name)
             old.data = value.reshape(self.layout.scale_shape).to(old.device)
+        self.rounded = None
+
+    def round_to(self, values: Tensor) -> None:
+        """Use these values wherever the quantizer is on: decoded codes that a pass chose for a weight.
+
+        Raises:
+            InputError: they are not values of the format.
+        """
+        values = values.detach()
+        if not torch.equal(self.decode(self.encode(values)).to(values.dtype), values):
+            raise InputError(f"{self.where or self}: the values given are not those of any codes")
+        self.rounded = values
 
     def unfit(self) -> None:
-        """Forget the parameters."""
+        """Forget the parameters, and codes chosen with them."""
+        self.rounded = None
         for name in self.fields:
             getattr(self, name).data.fill_(math.nan)
 
@@ -260,6 +181,8 @@ class Quantizer(nn.Module):
             moved = getattr(self, name)
             if moved.dtype != torch.float32:
                 moved.data = value.to(moved.device)
+        if self.rounded is not None:
+            self.rounded = fn(self.rounded)
         return self
 
     @property
@@ -282,9 +205,12 @@ class Quantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x on this site's grid, in x's dtype; arithmetic is float32 whatever x is, also under autocast."""
         if self.observer is not None:
-            self.observer(self, x)
+            with torch._C.DisableTorchFunction():  # products of an observer are not the model's
+                self.observer(self, x)
         if self.state == "off" or self.baked:
             return x
+        if self.rounded is not None:
+            return self.rounded
         if not torch.compiler.is_compiling():
             self._require_fitted_cheaply()
         with torch.autocast(x.device.type, enabled=False):

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from vitq.core.rounding import straight_through
-from vitq.quantizers.base import Layout, Params, Quantizer
+from vitq.quantizers.base import Params, Quantizer
+from vitq.quantizers.layout import Layout
 from vitq.quantizers.registry import QUANTIZERS
 
 # Powers of two are taken from and put into the exponent bits of float32: exact, and faster than a logarithm and its

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from vitq.core.format import Format
 from vitq.core.registry import Registry
-from vitq.quantizers.base import Layout, Quantizer
+from vitq.quantizers.base import Quantizer
+from vitq.quantizers.layout import Layout
 
 QUANTIZERS: Registry[type[Quantizer]] = Registry("format", "vitq.quantizers")
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from vitq.core.rounding import round_ste
-from vitq.quantizers.base import Layout, Params, Quantizer
+from vitq.quantizers.base import Params, Quantizer
+from vitq.quantizers.layout import Layout
 from vitq.quantizers.registry import QUANTIZERS
 
 # A range this small beside its own magnitude is a constant: its step would be float noise.

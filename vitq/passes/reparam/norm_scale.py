@@ -19,7 +19,8 @@ from vitq.core.qmodel import QuantModel
 from vitq.core.recipe import ACT_SCALES, PASSES, WEIGHT_SCALES, Pass
 from vitq.core.rewrite import REWRITES, Rewrite
 from vitq.core.site import NormLinear
-from vitq.quantizers.base import Layout, Quantizer
+from vitq.quantizers.base import Quantizer
+from vitq.quantizers.layout import Layout
 from vitq.quantizers.uniform import UniformQuantizer
 
 

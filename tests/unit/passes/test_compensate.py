@@ -1,0 +1,132 @@
+"""Compensation: means of outputs by the biases, differences of blocks by a linear map."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import vitq
+from vitq.core.errors import CompositionError, DataError
+from vitq.core.qmodel import QuantModel
+from vitq.data.zoo import build_zoo, seeded_images
+from vitq.passes.compensate.blocks import CHILD, CompensateBlocks, _Sums
+
+each_model = pytest.mark.parametrize("model", ["seeded_vit", "seeded_swin"])
+
+
+def output_means(model: nn.Module, names: list[str], images: Tensor) -> dict[str, Tensor]:
+    """Mean output of modules over images and tokens."""
+    found: dict[str, Tensor] = {}
+
+    def note(name: str) -> None:
+        module = model.get_submodule(name)
+        dim = 1 if isinstance(module, nn.Conv2d) else -1
+        handles.append(
+            module.register_forward_hook(
+                lambda m, a, out: found.__setitem__(name, out.movedim(dim, -1).flatten(0, -2).double().mean(0))
+            )
+        )
+
+    handles: list[torch.utils.hooks.RemovableHandle] = []
+    for name in names:
+        note(name)
+    with torch.no_grad():
+        model(images)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+@each_model
+def test_after_bias_correction_every_linear_has_the_mean_of_the_float_model(model: str) -> None:
+    images, float_model = seeded_images(40), build_zoo(model)
+    names = [n for n, m in float_model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    wanted = output_means(float_model, names, images)
+    off: dict[str, float] = {}
+    for recipe in ("minmax", "minmax+bias_correction"):
+        qmodel = vitq.quantize(float_model, recipe, "w4a4", images)
+        got = output_means(qmodel.model, names, images)
+        off[recipe] = max(float((got[n] - wanted[n]).abs().max()) for n in names)
+    # Whole numbers of other micro-batches may round another way on the border of two codes.
+    assert off["minmax+bias_correction"] < 2e-3
+    assert off["minmax"] > 0.05
+
+
+@each_model
+def test_mechanism_bias_correction_lowers_the_error_of_the_output(model: str) -> None:
+    images, others, float_model = seeded_images(32), seeded_images(64)[32:], build_zoo(model)
+    with torch.no_grad():
+        expected = float_model(others)
+        noise = [
+            float((vitq.quantize(float_model, recipe, "w4a4", images)(others) - expected).square().mean())
+            for recipe in ("repq_vit+bias_correction", "repq_vit")
+        ]
+    assert noise[0] < noise[1]
+
+
+def block_error(qmodel: QuantModel, float_model: nn.Module, name: str, images: Tensor) -> float:
+    """Squared difference of one block from the float one, on the input that the quantized model gives it."""
+    block = qmodel.model.get_submodule(name)
+    seen: list[tuple[Tensor, Tensor]] = []
+    handle = block.register_forward_hook(lambda m, a, out: seen.append((a[0].clone(), out)))
+    with torch.no_grad():
+        qmodel(images)
+        handle.remove()
+        x, got = seen[0]
+        return float((float_model.get_submodule(name)(x) - got).square().mean())
+
+
+@each_model
+def test_mechanism_the_map_lowers_the_error_of_the_blocks_on_other_images(model: str) -> None:
+    images, others, float_model = seeded_images(32), seeded_images(64)[32:], build_zoo(model)
+    plain, helped = (vitq.quantize(float_model, r, "w4a4", images) for r in ("repq_vit", "repq_vit+qwt"))
+    names = [n for n in helped.graph.blocks if hasattr(helped.model.get_submodule(n), CHILD)]
+    assert len(names) == helped.log["compensate_blocks"]["blocks"] > 0
+    last = names[-1]
+    # Folding changes no block's function, so that the float blocks serve as reference for both.
+    assert block_error(helped, float_model, last, others) < block_error(plain, float_model, last, others)
+
+
+def test_the_sums_give_the_regression_of_all_rows() -> None:
+    draw = torch.Generator().manual_seed(0)
+    x, r = torch.randn(300, 6, generator=draw), torch.randn(300, 6, generator=draw)
+    r += 0.3 * x[:, :1] + 1.0
+    parts = [_Sums.zeros(6, x.device), _Sums.zeros(6, x.device)]
+    parts[0].add(x[:100], r[:100])
+    parts[1].add(x[100:], r[100:])
+    sums = parts[0] + parts[1]
+    weight, bias = sums.solve(1e-12)
+    wide = torch.cat([x.double(), torch.ones(300, 1, dtype=torch.float64)], dim=1)
+    expected = torch.linalg.lstsq(wide, r.double()).solution
+    torch.testing.assert_close(torch.cat([weight, bias[None]]), expected, rtol=1e-4, atol=1e-6)
+    left = (r.double() - wide @ expected).square().sum()
+    assert sums.error(weight, bias) == pytest.approx(float(left), rel=1e-6)
+    assert sums.rest_spread() == pytest.approx(float(r.double().square().sum()))
+
+
+def test_a_map_is_counted_in_size_and_work() -> None:
+    images = seeded_images(16)
+    plain, helped = (vitq.quantize(build_zoo("seeded_vit"), r, "w3a3", images) for r in ("repq_vit", "repq_vit+qwt"))
+    log = helped.log["compensate_blocks"]
+    width, tokens = 64, 17
+    assert log["extra_macs"] == log["blocks"] * tokens * width**2
+    parameters = sum(p.numel() for p in plain.model.parameters())
+    extra = 16 * log["blocks"] * (width**2 + width) / parameters
+    assert helped.effective_bits()["model"] == pytest.approx(plain.effective_bits()["model"] + extra, abs=0.01)
+
+
+def test_one_image_is_not_enough_for_two_folds() -> None:
+    with pytest.raises(DataError, match="two calibration images"):
+        vitq.quantize(build_zoo("seeded_vit"), "minmax+qwt", "w4a4", seeded_images(1))
+
+
+def test_a_model_without_blocks_is_told_so() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 10)).eval()
+    with pytest.raises(CompositionError, match="no repeated transformer blocks"):
+        vitq.quantize(model, "minmax+qwt", "w4a4", torch.randn(4, 3, 4, 4))
+
+
+def test_a_negative_ridge_is_refused() -> None:
+    with pytest.raises(CompositionError, match=r"ridge -1\.0 must not be negative"):
+        CompensateBlocks(ridge=-1.0)

@@ -1,0 +1,47 @@
+"""Second moments of rows, gathered over any number of micro-batches in constant memory.
+
+Shapes:  x (..., d), its leading dimensions are rows    matrix (d, d) and mean (d,) float64
+An objective over the outputs of a linear needs no more: sum |x E^T|^2 = tr(E (sum x^T x) E^T).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+ROWS = 2**12  # products of so many rows are made in float32, their sum in float64
+
+
+class Moments:
+    """Sums of x and of x^T x.
+
+    Args:
+        size: d.
+        device: where to keep the sums.
+        second: keep the products, too, not the mean alone.
+    """
+
+    def __init__(self, size: int, device: torch.device, *, second: bool = True) -> None:
+        self.count = 0
+        self.total = torch.zeros(size, dtype=torch.float64, device=device)
+        self.products = torch.zeros(size, size, dtype=torch.float64, device=device) if second else None
+
+    def add(self, x: Tensor) -> None:
+        """Take in rows."""
+        rows = x.detach().reshape(-1, x.shape[-1]).float()
+        self.count += len(rows)
+        self.total += rows.sum(0, dtype=torch.float64)
+        if self.products is not None:
+            for part in rows.split(ROWS):
+                self.products += part.T @ part
+
+    @property
+    def mean(self) -> Tensor:
+        """(d,) mean row."""
+        return self.total / max(self.count, 1)
+
+    @property
+    def matrix(self) -> Tensor:
+        """(d, d) mean of x^T x."""
+        assert self.products is not None
+        return self.products / max(self.count, 1)

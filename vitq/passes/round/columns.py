@@ -1,0 +1,160 @@
+"""Choose weight codes column by column, so that later columns make up for the errors of earlier ones.
+
+Shapes:  W (out, in) weights    H (in, in) mean of x x^T over calibration tokens, x the (quantized) inputs
+Formula: minimise tr((W - Q) H (W - Q)^T) greedily: column j is rounded, and (w_j - q_j) / U_jj * U_j,j+1: is taken
+         off the columns behind it, U the upper Cholesky factor of the inverse of H
+Source:  GPTQ, Frantar et al., ICLR 2023, arXiv 2210.17323, algorithm 1; OBQ, arXiv 2208.11580, equation 2
+"""
+
+from __future__ import annotations
+
+from typing import final
+
+import torch
+from torch import Tensor
+
+from vitq.calibrate.capture import watch_prefix
+from vitq.calibrate.linears import Linear, as_used, linears, watchable
+from vitq.calibrate.moments import Moments
+from vitq.core.batches import Batches
+from vitq.core.errors import CompositionError, DataError
+from vitq.core.progress import Progress
+from vitq.core.qmodel import QuantModel
+from vitq.core.recipe import ACT_SCALES, PASSES, WEIGHT_SCALES, Pass
+from vitq.core.roles import WEIGHT
+from vitq.core.site import Site
+from vitq.quantizers.base import Params, Quantizer
+
+COLUMNS = 128  # are corrected one by one; those behind them once per so many
+
+
+@PASSES.register("round_columns")
+@final
+class RoundColumns(Pass):
+    """Choose the codes of every linear's weight by the error of its output on the quantized prefix.
+
+    Args:
+        damp: added to the diagonal of H, in parts of its mean.
+        order: take columns in the order of falling diagonal of H ("activation order"), which costs nothing as scales
+            are fixed before; False takes them as they stand.
+
+    Rows that come out worse than nearest rounding keep nearest rounding. Weights that are computed, of convolutions
+    with groups, and inside fused attention functions keep it, too; the log says how many.
+    """
+
+    name = "round_columns"
+    slot = "round"
+    needs = frozenset({WEIGHT_SCALES, ACT_SCALES})
+    cost = "one forward of the calibration images (about three with more than 32), and a factorisation per linear"
+
+    def __init__(self, damp: float = 0.01, order: bool = True) -> None:
+        if not 0 < damp <= 1:
+            raise CompositionError(f"pass 'round_columns': damp {damp} must be in (0, 1]")
+        self.damp = damp
+        self.order = order
+
+    @torch.no_grad()
+    def run(self, qmodel: QuantModel, data: Batches | None, progress: Progress) -> None:
+        """Round every linear, each on what the ones before it give.
+
+        Raises:
+            DataError: no calibration images.
+        """
+        found = linears(qmodel)
+        weights = len(qmodel.sites(WEIGHT))
+        if data is None or data.count == 0:
+            raise DataError("rounding by the error of the outputs needs calibration images; give data= (or --calib)")
+        gains: list[float] = []
+        at: dict[str, list[Linear]] = {}
+        for linear in found:
+            at.setdefault(linear.input.id, []).append(linear)
+        sites = list({linear.input.id: linear.input for linear in found}.values())
+        with watchable(qmodel, sites):
+            watch_prefix(qmodel, sites, lambda site: _Rounding(qmodel, site, at[site.id], self, gains), data, progress)
+        mean = sum(gains) / len(gains) if gains else 1.0
+        kept = weights - len(gains)
+        qmodel.log["round_columns"] = {"rounded": len(gains), "kept": kept, "error_of_nearest": round(mean, 4)}
+
+
+class _Rounding:
+    """Gathers the inputs of one or more linears that share them, then chooses their codes."""
+
+    def __init__(
+        self, qmodel: QuantModel, site: Site, users: list[Linear], settings: RoundColumns, gains: list[float]
+    ) -> None:
+        self.qmodel, self.users, self.settings, self.gains = qmodel, users, settings, gains
+        self.input = qmodel.quantizers[site]
+        weight = qmodel.weight(users[0].weight)
+        assert weight is not None
+        self.moments = Moments(weight[0].numel(), weight.device)
+
+    def observe(self, x: Tensor, images: int) -> None:
+        self.moments.add(self.users[0].rows(self.qmodel.model, as_used(self.input, x)))
+
+    def finish(self) -> None:
+        for linear in self.users:
+            weight, quantizer = self.qmodel.weight(linear.weight), self.qmodel.quantizers[linear.weight]
+            assert weight is not None
+            assert isinstance(quantizer, Quantizer)
+            wide = weight.detach().float()
+            values, gain = choose(wide, self.moments.matrix, quantizer, self.settings.damp, order=self.settings.order)
+            quantizer.round_to(values.to(weight.dtype))
+            self.gains.append(gain)
+
+
+def choose(w: Tensor, h: Tensor, quantizer: Quantizer, damp: float, *, order: bool = True) -> tuple[Tensor, float]:
+    """Values on the quantizer's grid, and their error in parts of that of nearest rounding.
+
+    Args:
+        w: (out, …) float32.
+        h: (in, in) float64, mean of x x^T.
+        quantizer: fitted; one scale per tensor, per output channel, or per group of inputs.
+
+    Raises:
+        CompositionError: damp is so small that H cannot be inverted.
+    """
+    shape, nearest = w.shape, quantizer.decode(quantizer.encode(w)).flatten(1)
+    params = {name: _per_weight(quantizer, value, w).flatten(1) for name, value in quantizer.params().items()}
+    w = w.flatten(1)
+    dead = h.diagonal() == 0
+    h = h + torch.diag(dead.double() + damp * h.diagonal().mean().clamp(min=1e-30))
+    columns = h.diagonal().argsort(descending=True) if order else torch.arange(len(h), device=h.device)
+    ordered = {name: value[:, columns] for name, value in params.items()}
+    picked = _greedy(w[:, columns], h[columns][:, columns], quantizer, ordered)
+    chosen = torch.empty_like(w)
+    chosen[:, columns] = picked
+    before, after = (_row_errors(w - q, h) for q in (nearest, chosen))
+    better = after < before
+    kept = torch.where(better, after, before)
+    ratio = float(kept.sum() / before.sum().clamp(min=1e-300)) if float(before.sum()) else 1.0
+    return torch.where(better[:, None], chosen, nearest).reshape(shape), ratio
+
+
+def _per_weight(quantizer: Quantizer, value: Tensor, w: Tensor) -> Tensor:
+    """A parameter of the quantizer for every single weight."""
+    return quantizer.layout.join(value.expand_as(quantizer.layout.split(w)))
+
+
+def _greedy(w: Tensor, h: Tensor, quantizer: Quantizer, params: Params) -> Tensor:
+    lower, failed = torch.linalg.cholesky_ex(h)
+    factor, failed_too = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    if bool(failed) or bool(failed_too):
+        raise CompositionError(f"the inputs of {quantizer.where} are too much alike to be told apart; raise damp")
+    factor = factor.float()
+    w, picked = w.clone(), torch.empty_like(w)
+    for start in range(0, w.shape[1], COLUMNS):
+        stop = min(start + COLUMNS, w.shape[1])
+        errors = torch.empty_like(w[:, start:stop])
+        for j in range(start, stop):
+            some = {name: value[:, j] for name, value in params.items()}
+            picked[:, j] = quantizer.simulate_with(w[:, j], some)
+            errors[:, j - start] = (w[:, j] - picked[:, j]) / factor[j, j]
+            w[:, j:stop] -= errors[:, j - start, None] * factor[None, j, j:stop]
+        w[:, stop:] -= errors @ factor[start:stop, stop:]
+    return picked
+
+
+def _row_errors(wrong: Tensor, h: Tensor) -> Tensor:
+    """(out,) error of each output channel, float64."""
+    wide = wrong.double()
+    return ((wide @ h) * wide).sum(1)
