@@ -1,4 +1,4 @@
-"""Writes the tables of README.md from results/*.csv: the sections `speed` and `accuracy`.
+"""Writes the tables of README.md and of the pages in docs/methods from results/*.csv.
 
 A section whose CSV file is missing is left as it is.
 """
@@ -9,6 +9,8 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from method_tables import PAGES
 
 from vitq.core.errors import VitqError
 from vitq.core.files import write_text
@@ -131,8 +133,22 @@ def origin(rows: Sequence[Row]) -> str:
 SECTIONS: dict[str, Callable[[Path], str | None]] = {"accuracy": accuracy, "speed": speed}
 
 
+def filled(page: Path, sections: dict[str, Callable[[Path], str | None]], results: Path, check: bool) -> bool:
+    """Put the tables of a page into it, unless it is only checked; whether they were others before."""
+    before = text = page.read_text(encoding="utf-8")
+    for section, make in sections.items():
+        body = make(results)
+        if body is None:
+            print(f"no results for section {section!r} of {page.name}: it is left as it is", file=sys.stderr)
+        else:
+            text = replace_section(text, section, body)
+    if text != before and not check:
+        write_text(page, text)
+    return text != before
+
+
 def main() -> int:
-    """Entry point; with --check, 1 if the README is not what the results say."""
+    """Entry point; with --check, 1 if a page is not what the results say."""
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").split("\n")[0], epilog="example: python benchmarks/readme.py --check"
     )
@@ -140,20 +156,15 @@ def main() -> int:
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="the file to change")
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if it is not up to date")
     args = parser.parse_args()
+    pages = {args.readme: SECTIONS}
+    if args.readme == ROOT / "README.md":  # a copy of the README is for numbers that are not for the pages
+        pages |= {ROOT / page: sections for page, sections in PAGES.items()}
     try:
-        before = text = args.readme.read_text(encoding="utf-8")
-        for section, make in SECTIONS.items():
-            body = make(args.results)
-            if body is None:
-                print(f"no {section}.csv, or nothing in it: section {section!r} is left as it is", file=sys.stderr)
-            else:
-                text = replace_section(text, section, body)
-        if args.check:
-            if text != before:
-                print(f"{args.readme.name} is not what the results say; run benchmarks/readme.py", file=sys.stderr)
-            return int(text != before)
-        if text != before:
-            write_text(args.readme, text)
+        stale = [page for page, sections in pages.items() if filled(page, sections, args.results, args.check)]
+        if args.check and stale:
+            names = ", ".join(page.name for page in stale)
+            print(f"{names} is not what the results say; run benchmarks/readme.py", file=sys.stderr)
+            return 1
     except (VitqError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -120,13 +120,13 @@ def test_mechanism_later_columns_make_up_for_earlier_ones(model: str) -> None:
             float((vitq.quantize(float_model, recipe, "w4a16", images)(others) - expected).square().mean())
             for recipe in ("minmax+gptq", "minmax")
         ]
-    assert noise[0] < 0.25 * noise[1]
+    assert noise[0] < 0.5 * noise[1]
 
 
 def test_the_log_tells_what_was_rounded_and_what_it_gained() -> None:
-    log = vitq.quantize(build_zoo("seeded_vit"), "minmax+gptq", "w4a4", seeded_images(8)).log["round_columns"]
-    assert log["rounded"] == 14
-    assert log["kept"] == 0
+    log = vitq.quantize(build_zoo("seeded_vit"), "minmax+gptq", "w4a4", seeded_images(32)).log["round_columns"]
+    assert log["rounded"] == 13
+    assert log["kept"] == 1  # the head: 32 tokens for 64 inputs
     assert 0 < log["error_of_nearest"] < 1
 
 

@@ -1,0 +1,114 @@
+"""Tables of the pages in docs/methods, from results/*.csv; readme.py puts them there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from vitq.report.table import markdown_table, read_results
+
+Row = dict[str, str]
+FORMATS = {"tan": "tan (TanQ)", "logsqrt2": "log √2", "log2": "log 2", "uniform": "uniform"}
+
+
+def softmax_formats(folder: Path) -> str | None:
+    """Per width and format: errors as means over the layers, and in how many layers the tangent is better."""
+    file = folder / "softmax_formats.csv"
+    if not file.exists():
+        return None
+    rows = read_results(file)
+    table = []
+    for bits in dict.fromkeys(row["bits"] for row in rows):
+        at = {kind: [r for r in rows if r["bits"] == bits and r["format"] == kind] for kind in FORMATS}
+        tangent = {r["layer"]: float(r["error_av"]) for r in at["tan"]}
+        for kind, found in at.items():
+            behind = sum(tangent[r["layer"]] < float(r["error_av"]) for r in found)
+            table.append(
+                {
+                    "bits": bits,
+                    "format": FORMATS[kind],
+                    "error of A V": f"{100 * _mean(found, 'error_av'):.3g} %",
+                    "of it, from A > 0.1": f"{100 * _mean(found, 'error_top'):.3g} %",
+                    "error of A": f"{100 * _mean(found, 'error_a'):.3g} %",
+                    "codes in use": f"{_mean(found, 'used'):.1f}",
+                    "tan is better in": "" if kind == "tan" else f"{behind} of {len(found)} layers",
+                }
+            )
+    first = rows[0]
+    where = f"{first['evaluation']}; fitted on {first['calibration']}; {first['weights']}; commit {first['commit']}"
+    return f"{markdown_table(table, list(table[0]))}\n\nMeans over the layers, float operands, simulated. {where}."
+
+
+def _mean(rows: Sequence[Row], key: str) -> float:
+    return sum(float(row[key]) for row in rows) / len(rows)
+
+
+def _difference(row: Row | None, mean: str, low: str, high: str) -> str:
+    if row is None or not row[mean]:
+        return ""
+    return f"{float(row[mean]):+.2f} [{float(row[low]):+.2f}, {float(row[high]):+.2f}]"
+
+
+def dopq_accuracy(folder: Path) -> str | None:
+    """The recipe and its ablations beside the reference, paired over all seeds and images."""
+    file, paired = folder / "accuracy.csv", folder / "paired.csv"
+    if not file.exists() or not paired.exists():
+        return None
+    pooled = [row for row in read_results(file) if "+" in row["split"] and " " in row["seed"]]
+    pairs = [row for row in read_results(paired) if "+" in row["split"] and " " in row["seed"]]
+    against = {(row["recipe"], row["bits"]): row for row in pairs if row["peer"] == "repq_vit"}
+    what = {
+        "repq_vit": "RepQ-ViT: log √2, mean",
+        "dopq_vit": "DopQ-ViT: tan, median",
+        "dopq_vit_mean": "tan, mean",
+        "dopq_vit_log": "log √2 fitted by A V, median",
+    }
+    shown = [row for row in pooled if row["recipe"] in what]
+    shown.sort(key=lambda row: (-int(row["bits"].partition("a")[2]), list(what).index(row["recipe"])))
+    if not any(row["recipe"] == "dopq_vit" for row in shown):
+        return None
+    table = []
+    for row in shown:
+        other = against.get((row["recipe"], row["bits"]))
+        table.append(
+            {
+                "bits": row["bits"],
+                "recipe": row["recipe"],
+                "softmax, merged scale": what[row["recipe"]],
+                "top-1 %": f"{float(row['top1']):.2f}",
+                "minus repq_vit [95 %]": _difference(other, "mean", "low", "high"),
+            }
+        )
+    first = next(row for row in pooled if row["recipe"] == "dopq_vit")
+    where = f"{first['images']} images of {first['split']}, calibration lists {first['seed']}, commit {first['commit']}"
+    return f"{markdown_table(table, list(table[0]))}\n\nSimulated; float {float(first['top1_float']):.2f} %. {where}."
+
+
+def cifar10(folder: Path) -> str | None:
+    """The second benchmark: DeiT-Tiny with a linear head on CIFAR-10."""
+    file = folder / "cifar10_probe.csv"
+    if not file.exists():
+        return None
+    rows = read_results(file)
+    table = [
+        {
+            "bits": row["bits"],
+            "recipe": row["name"],
+            "top-1 % [95 %]": f"{float(row['top1']):.2f} [{float(row['top1_low']):.1f}, {float(row['top1_high']):.1f}]",
+            "float": f"{float(row['top1_float']):.2f}",
+            "minus the first [95 %]": _difference(row, "minus_first", "minus_first_low", "minus_first_high"),
+        }
+        for row in rows
+    ]
+    first = rows[0]
+    where = f"{first['images']} test images, {first['calibration']} (seed {first['seed']}), head {first['head']}"
+    return f"{markdown_table(table, list(table[0]))}\n\nSimulated. {where}, commit {first['commit']}."
+
+
+PAGES: dict[str, dict[str, Callable[[Path], str | None]]] = {
+    "docs/methods/dopq_vit.md": {
+        "softmax_formats": softmax_formats,
+        "dopq_accuracy": dopq_accuracy,
+        "cifar10_probe": cifar10,
+    }
+}
