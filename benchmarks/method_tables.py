@@ -62,6 +62,7 @@ def dopq_accuracy(folder: Path) -> str | None:
         "dopq_vit": "DopQ-ViT: tan, median",
         "dopq_vit_mean": "tan, mean",
         "dopq_vit_log": "log √2 fitted by A V, median",
+        "repq_vit_softmax_float": "probabilities in float, mean",
     }
     shown = [row for row in pooled if row["recipe"] in what]
     shown.sort(key=lambda row: (-int(row["bits"].partition("a")[2]), list(what).index(row["recipe"])))
