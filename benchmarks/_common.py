@@ -29,7 +29,7 @@ RESULTS = ROOT / "results"
 MODEL = "deit_tiny_patch16_224"
 IMAGES = 32  # calibration images: all of one list
 SPLITS = ("ablate", "report")
-WRITTEN_BY_BENCHMARKS = ("results", "README.md")
+WRITTEN_BY_BENCHMARKS = ("results", "README.md", "docs/zoo.md", "docs/methods")
 
 
 @dataclass(frozen=True)

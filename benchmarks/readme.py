@@ -18,6 +18,8 @@ from vitq.report.table import markdown_table, read_results, replace_section
 
 ROOT = Path(__file__).resolve().parent.parent
 Row = dict[str, str]
+ELSEWHERE = ("dopq_vit_mean", "dopq_vit_log", "repq_vit_softmax_float")  # ablations: on the method's page
+OFFICIAL = "repq-vit"  # the peer in paired.csv that is official code
 WORDS = {
     "quantize_forwards": "quantize, in float forwards of the calibration images",
     "quantize_forwards_first": "the same, first call of a process",
@@ -67,8 +69,9 @@ def accuracy(folder: Path) -> str | None:
     file, paired = folder / "accuracy.csv", folder / "paired.csv"
     if not file.exists():
         return None
-    rows = [row for row in widest(read_results(file)) if row["recipe"] != "float"]
-    official = {name(row): row for row in widest(read_results(paired))} if paired.exists() else {}
+    rows = [row for row in widest(read_results(file)) if row["recipe"] not in ("float", *ELSEWHERE)]
+    pairs = [row for row in read_results(paired) if row["peer"] == OFFICIAL] if paired.exists() else []
+    official = {name(row): row for row in widest(pairs)}
     table = []
     for row in sorted(rows, key=lambda row: (-int(row["bits"].partition("a")[2] or 0), row["bits"])):
         table.append(

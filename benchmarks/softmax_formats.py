@@ -80,15 +80,22 @@ def draw(file: Path, levels: dict[str, Tensor], top: float, rows: list[dict[str,
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 3.6), constrained_layout=True)
-    for height, values in enumerate(reversed(levels.values())):
+    colors = {kind: f"C{number}" for number, kind in enumerate(levels)}
+    for height, (kind, values) in enumerate(reversed(levels.items())):
         shown = values[values > 0]
-        left.plot(shown, torch.full_like(shown, float(height)), "|", markersize=16)
+        left.plot(shown, torch.full_like(shown, float(height)), "|", markersize=16, color=colors[kind])
     left.set_yticks(range(len(levels)), list(reversed(levels)))
     left.set(xscale="log", xlim=(1e-4, 1.2), xlabel="probability", title=f"levels at {bits} bits, layer {SHOWN[1]}")
     left.axvline(top, color="grey", linewidth=0.5)
     for kind in levels:
         chosen = [row for row in rows if row["format"] == kind and row["bits"] == bits]
-        right.plot([row["layer"] for row in chosen], [float(row["error_av"]) for row in chosen], "o-", label=kind)
+        right.plot(
+            [row["layer"] for row in chosen],
+            [float(row["error_av"]) for row in chosen],
+            "o-",
+            label=kind,
+            color=colors[kind],
+        )
     right.set(yscale="log", xlabel="layer", title=f"relative squared error of A V at {bits} bits")
     right.legend()
     file.parent.mkdir(parents=True, exist_ok=True)
