@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from vitq.calibrate.blocks import Stop, call_block, stream_blocks
+from vitq.calibrate.heap import give_back
 from vitq.core.batches import Batches
 from vitq.core.progress import Progress, Task
 from vitq.core.qmodel import QuantModel
@@ -50,6 +51,7 @@ def watch_parallel(
                 for site in sites:
                     _observe_with(qmodel, site, partial(active[site.id].observe, images=images))
                 data.forward(qmodel.model, batch)
+                give_back()
                 task.advance()
     finally:
         for name, state in states.items():
