@@ -133,11 +133,14 @@ def insert(model: nn.Module, graph: Graph, plan: Plan, formats: Mapping[str, For
 
 
 def run_passes(qmodel: QuantModel, data: Batches | None, progress: Progress) -> None:
-    """Run the plan's passes in order, and note how long each took."""
+    """Ask the plan's passes whether they can work, then run them in order, and note how long each took."""
+    steps = [(spec, spec.build()) for spec in qmodel.plan.passes]
+    for _, step in steps:
+        step.check(qmodel, data)
     seconds = []
-    for spec in qmodel.plan.passes:
+    for spec, step in steps:
         start = time.perf_counter()
-        spec.build().run(qmodel, data, progress)
+        step.run(qmodel, data, progress)
         seconds.append({"pass": str(spec), "seconds": round(time.perf_counter() - start, 3)})
     qmodel.log["passes"] = seconds
 

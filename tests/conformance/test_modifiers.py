@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import pickle
 import re
 import time
 from collections.abc import Callable
@@ -17,10 +18,11 @@ import torch
 from torch import Tensor
 
 import vitq
-from vitq.core.errors import CompositionError, DataError
+from vitq.core.errors import ArtifactError, CompositionError, DataError
 from vitq.core.format import Bits
 from vitq.core.recipe import MODIFIERS, SLOTS, resolve_recipe
 from vitq.data.zoo import build_zoo, seeded_images
+from vitq.graph import integer
 
 BITS = ("w8a8", "w6a6", "w4a4", "w3a3", "w4a16")
 SECONDS = 20.0  # "in seconds", with room for a busy machine
@@ -85,6 +87,36 @@ def test_saved_loaded_and_copied_it_gives_identical_outputs(spec: str, model: st
     assert torch.equal(run(vitq.load(tmp_path / "artifact", model=build_zoo(model)), images), expected)
     kept = vitq.load(tmp_path / "artifact", float_model=build_zoo(model))
     assert torch.equal(run(kept, images), expected)
+    assert torch.equal(run(pickle.loads(pickle.dumps(qmodel)), images), expected)
+
+
+@each_composition
+def test_baked_or_not_it_computes_the_same(spec: str) -> None:
+    images = seeded_images(8)
+    made = vitq.quantize(build_zoo("seeded_vit"), spec, "w4a4", images, freeze=False)
+    unbaked = copy.deepcopy(made).freeze(bake=False)
+    assert torch.equal(run(unbaked, images), run(made.freeze(), images))
+
+
+@each_composition
+def test_float_weights_of_another_model_are_refused(spec: str, tmp_path: Path) -> None:
+    vitq.save(vitq.quantize(build_zoo("seeded_vit"), spec, "w4a4", seeded_images(8)), tmp_path / "artifact")
+    other = build_zoo("seeded_vit")
+    with torch.no_grad():
+        weight = other.get_parameter("blocks.1.mlp.fc1.weight")
+        weight.copy_(weight.flip(0))
+    with pytest.raises(ArtifactError, match="is not the model that was quantized"):
+        vitq.load(tmp_path / "artifact", float_model=other)
+
+
+@each_composition
+def test_compiled_it_gives_identical_outputs(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(integer, "_AVAILABLE", False)  # those agree to float precision only
+    images = seeded_images(4)
+    qmodel = vitq.quantize(build_zoo("seeded_vit"), spec, "w4a4", images).requires_grad_(False)
+    expected = run(qmodel, images)
+    torch._dynamo.reset()
+    assert torch.equal(run(torch.compile(qmodel, fullgraph=True, backend="eager"), images), expected)
 
 
 @each_composition

@@ -107,7 +107,7 @@ def watchable(qmodel: QuantModel, sites: list[Site]) -> Iterator[None]:
         yield
     finally:
         for name in names:
-            del qmodel.quantizers._modules[name]
+            delattr(qmodel.quantizers, name)
         attach(qmodel.model, qmodel.graph, qmodel.quantizers)  # type: ignore[arg-type]
 
 

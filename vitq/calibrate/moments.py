@@ -35,6 +35,14 @@ class Moments:
             for part in rows.split(ROWS):
                 self.products += part.T @ part
 
+    def __add__(self, other: Moments) -> Moments:
+        """Of the rows of both."""
+        both = Moments(self.total.numel(), self.total.device, second=self.products is not None)
+        both.count, both.total = self.count + other.count, self.total + other.total
+        if self.products is not None and other.products is not None:
+            both.products = self.products + other.products
+        return both
+
     @property
     def mean(self) -> Tensor:
         """(d,) mean row."""

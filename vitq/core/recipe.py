@@ -175,6 +175,15 @@ class Pass(ABC):
     keeps_float_output: bool = True
     cost: str = ""
 
+    def check(self, qmodel: QuantModel, data: Batches | None) -> None:
+        """Refuse what this pass cannot work with. All passes are asked before the first one runs.
+
+        Raises:
+            DataError: no calibration images, or too few.
+            CompositionError: a model that lacks what the pass is about.
+        """
+        return
+
     @abstractmethod
     def run(self, qmodel: QuantModel, data: Batches | None, progress: Progress) -> None:
         """Do the step, in place."""
@@ -244,11 +253,8 @@ def resolve_recipe(spec: str | Recipe | RecipeFn, bits: Bits, options: Mapping[s
             raise CompositionError(f"{extra!r} is a recipe, not a modifier; one quantization has one recipe")
     built = compose(built, [MODIFIERS[extra](*_widths(bits)) for extra in extras])
     if not isinstance(spec, Recipe):
-        if (
-            bits.weight is not None
-            and bits.weight >= FLOAT_FROM
-            and any(p.build().slot == "round" for p in built.passes)
-        ):
+        weights_float = bits.weight is not None and bits.weight >= FLOAT_FROM
+        if weights_float and any(step.build().slot == "round" for step in built.passes):
             raise CompositionError(f"{built.name!r} rounds weights, and {bits} leaves them in float")
         built = built.without_float_sides(bits)
     check_order(built)

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 import vitq
-from vitq.core.errors import CompositionError, DataError
+from vitq.core.errors import CompositionError, DataError, InputError
 from vitq.core.qmodel import QuantModel
 from vitq.data.zoo import build_zoo, seeded_images
-from vitq.passes.compensate.blocks import CHILD, CompensateBlocks, _Sums
+from vitq.passes.compensate.blocks import CHILD, CompensateBlockRewrite, CompensateBlocks, _Regression
+from vitq.passes.fit import Fit
 
 each_model = pytest.mark.parametrize("model", ["seeded_vit", "seeded_swin"])
 
@@ -53,6 +54,64 @@ def test_after_bias_correction_every_linear_has_the_mean_of_the_float_model(mode
     assert off["minmax"] > 0.05
 
 
+class Twice(nn.Module):
+    """One linear that is called two times, and one that is called once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared, self.last = nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.last(torch.relu(self.shared(torch.relu(self.shared(x)))))
+        return out
+
+
+@pytest.mark.parametrize("images", [8, 40])
+def test_a_module_that_is_called_twice_keeps_its_bias(images: int) -> None:
+    model = Twice().eval()
+    qmodel = vitq.quantize(model, "minmax+bias_correction", "w3a3", torch.randn(images, 5, 16))
+    assert torch.equal(qmodel.model.get_parameter("shared.bias"), model.shared.bias)
+    assert not torch.equal(qmodel.model.get_parameter("last.bias"), model.last.bias)
+    assert qmodel.log["correct_bias"] == {"corrected": 1, "kept": 1}
+
+
+def test_what_cannot_work_is_refused_before_the_first_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*args: object) -> None:
+        raise AssertionError("fitted before it was refused")
+
+    monkeypatch.setattr(Fit, "run", never)
+    for recipe in ("minmax+qwt", "minmax+gptq+qwt"):
+        with pytest.raises(DataError, match="two calibration images"):
+            vitq.quantize(build_zoo("seeded_vit"), recipe, "w4a4", seeded_images(1))
+
+
+def test_work_is_counted_per_image_where_a_block_sees_windows() -> None:
+    """TNT's inner blocks take one row of pixels for every patch, not for every image."""
+    import timm
+
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "tnt_s_legacy_patch16_224", img_size=32, embed_dim=32, inner_dim=8, depth=2, num_heads_outer=2, num_classes=5
+    ).eval()
+    images = torch.randn(8, 3, 32, 32)
+    qmodel = vitq.quantize(model, "minmax+qwt", "w3a3", images)
+    rows = 0
+    for rewrite in qmodel.rewrites:
+        size = len(rewrite.tensors["bias"])
+        (seen,) = block_outputs(qmodel.model, [rewrite.args["block"]], images).values()
+        rows += seen[0].numel() // size // len(images) * size**2
+    assert qmodel.log["compensate_blocks"]["extra_macs"] == rows > 0
+
+
+@pytest.mark.parametrize("wrong", [{"channel": 0}, {"channel": 5}, {"weight": (3, 4)}, {"bias": (2, 2)}])
+def test_a_map_that_is_none_is_refused(wrong: dict[str, object]) -> None:
+    shapes: dict[str, object] = {"weight": (4, 4), "bias": (4,), "channel": -1} | wrong
+    tensors = {name: torch.zeros(shapes[name], dtype=torch.float16) for name in ("weight", "bias")}  # type: ignore[call-overload]
+    rewrite = CompensateBlockRewrite({"block": "0", "channel": shapes["channel"]}, tensors)
+    with pytest.raises(InputError, match="no map of channels"):
+        rewrite.prepare(nn.Sequential(nn.Identity()))
+
+
 @each_model
 def test_mechanism_bias_correction_lowers_the_error_of_the_output(model: str) -> None:
     images, others, float_model = seeded_images(32), seeded_images(64)[32:], build_zoo(model)
@@ -65,15 +124,26 @@ def test_mechanism_bias_correction_lowers_the_error_of_the_output(model: str) ->
     assert noise[0] < noise[1]
 
 
+def block_outputs(model: nn.Module, names: list[str], images: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Block -> what goes in and comes out."""
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    handles = [
+        model.get_submodule(name).register_forward_hook(
+            lambda module, args, out, name=name: found.__setitem__(name, (args[0].clone(), out))
+        )
+        for name in names
+    ]
+    with torch.no_grad():
+        model(images)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
 def block_error(qmodel: QuantModel, float_model: nn.Module, name: str, images: Tensor) -> float:
     """Squared difference of one block from the float one, on the input that the quantized model gives it."""
-    block = qmodel.model.get_submodule(name)
-    seen: list[tuple[Tensor, Tensor]] = []
-    handle = block.register_forward_hook(lambda m, a, out: seen.append((a[0].clone(), out)))
+    x, got = block_outputs(qmodel.model, [name], images)[name]
     with torch.no_grad():
-        qmodel(images)
-        handle.remove()
-        x, got = seen[0]
         return float((float_model.get_submodule(name)(x) - got).square().mean())
 
 
@@ -88,11 +158,11 @@ def test_mechanism_the_map_lowers_the_error_of_the_blocks_on_other_images(model:
     assert block_error(helped, float_model, last, others) < block_error(plain, float_model, last, others)
 
 
-def test_the_sums_give_the_regression_of_all_rows() -> None:
+def test_the_moments_give_the_regression_of_all_rows() -> None:
     draw = torch.Generator().manual_seed(0)
     x, r = torch.randn(300, 6, generator=draw), torch.randn(300, 6, generator=draw)
     r += 0.3 * x[:, :1] + 1.0
-    parts = [_Sums.zeros(6, x.device), _Sums.zeros(6, x.device)]
+    parts = [_Regression.empty(6, x.device) for _ in range(2)]
     parts[0].add(x[:100], r[:100])
     parts[1].add(x[100:], r[100:])
     sums = parts[0] + parts[1]

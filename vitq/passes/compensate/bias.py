@@ -22,7 +22,7 @@ from vitq.core.progress import Progress
 from vitq.core.qmodel import QuantModel
 from vitq.core.recipe import ACT_SCALES, PASSES, WEIGHT_SCALES, Pass
 from vitq.core.rewrite import REWRITES, Rewrite
-from vitq.core.site import Site
+from vitq.core.roles import WEIGHT
 
 
 @REWRITES.register("shift_bias")
@@ -62,8 +62,8 @@ def add_to_bias(model: nn.Module, module: str, shift: Tensor) -> None:
 class CorrectBias(Pass):
     """Make the mean output of every linear that of the float model, each on what the ones before it give.
 
-    Weights that are tied, computed or used by something else than an nn.Linear or nn.Conv2d are left as they are;
-    the log says how many were corrected.
+    A module called several times in one forward has one bias for all of them, and is left as it is, as are weights that
+    are tied, computed or used by something else than an nn.Linear or nn.Conv2d; the log says how many.
     """
 
     name = "correct_bias"
@@ -72,78 +72,80 @@ class CorrectBias(Pass):
     keeps_float_output = False
     cost = "two forwards of the calibration images; about four with more than 32"
 
-    @torch.no_grad()
-    def run(self, qmodel: QuantModel, data: Batches | None, progress: Progress) -> None:
-        """Correct every bias.
-
-        Raises:
-            DataError: no calibration images.
-        """
+    def check(self, qmodel: QuantModel, data: Batches | None) -> None:
+        """Refuse to work without images."""
         if data is None or data.count == 0:
             raise DataError("correcting biases needs calibration images; give data= (or --calib)")
-        found = [linear for linear in linears(qmodel) if linear.module is not None]
-        at: dict[str, list[Linear]] = {}
-        for linear in found:
-            at.setdefault(linear.input.id, []).append(linear)
-        sites = list({linear.input.id: linear.input for linear in found}.values())
-        modules = [str(linear.module) for linear in found]
-        rewrite = ShiftBiasRewrite({"modules": modules}, {})
-        rewrite.prepare(qmodel.model)
+
+    @torch.no_grad()
+    def run(self, qmodel: QuantModel, data: Batches | None, progress: Progress) -> None:
+        """Correct every bias."""
+        assert data is not None
+        every = linears(qmodel)
+        found = {linear.input.id: linear for linear in every if linear.module is not None}
+        sites = [linear.input for linear in found.values()]
         wanted: dict[str, Tensor] = {}
         shifts: dict[str, Tensor] = {}
+        batches = len(data.sizes)
         with watchable(qmodel, sites):
-            watch_parallel(qmodel, sites, lambda s: _Mean(qmodel, s, at[s.id], wanted), data, progress)
-            watch_prefix(qmodel, sites, lambda s: _Shift(qmodel, s, at[s.id], wanted, shifts), data, progress)
+            watch_parallel(qmodel, sites, lambda s: _Mean(qmodel, found[s.id], wanted, batches), data, progress)
+            found = {site: linear for site, linear in found.items() if str(linear.module) in wanted}
+            sites = [linear.input for linear in found.values()]
+            rewrite = ShiftBiasRewrite({"modules": list(wanted)}, {})
+            rewrite.prepare(qmodel.model)
+            watch_prefix(qmodel, sites, lambda s: _Shift(qmodel, found[s.id], wanted, shifts), data, progress)
         # Each was applied as soon as it was known: those behind were found on top of it.
-        rewrite.tensors = {str(number): shifts[name] for number, name in enumerate(modules)}
-        qmodel.rewrites.append(rewrite)
-        qmodel.log["correct_bias"] = {"corrected": len(modules)}
+        rewrite.tensors = {str(number): shifts[name] for number, name in enumerate(wanted)}
+        if wanted:
+            qmodel.rewrites.append(rewrite)
+        qmodel.log["correct_bias"] = {"corrected": len(wanted), "kept": len(qmodel.sites(WEIGHT)) - len(wanted)}
 
 
-class _Mean:
-    """The mean output, without bias, that the float model's linears have."""
+class _Inputs:
+    """The mean input of a linear."""
 
-    def __init__(self, qmodel: QuantModel, site: Site, users: list[Linear], found: dict[str, Tensor]) -> None:
-        self.qmodel, self.users, self.found = qmodel, users, found
-        self.quantizer = qmodel.quantizers[site]
-        weight = qmodel.weight(users[0].weight)
+    def __init__(self, qmodel: QuantModel, linear: Linear) -> None:
+        self.qmodel, self.linear = qmodel, linear
+        weight = qmodel.weight(linear.weight)
         assert weight is not None
-        self.moments = Moments(weight[0].numel(), weight.device, second=False)
+        self.weight = weight.data
+        self.moments = Moments(self.weight[0].numel(), weight.device, second=False)
+
+    def output(self, weight: Tensor) -> Tensor:
+        """(out,) mean output without bias, float64."""
+        return weight.flatten(1).double() @ self.moments.mean
+
+
+class _Mean(_Inputs):
+    """Notes what a linear of the float model puts out on average, if it is called once per forward."""
+
+    def __init__(self, qmodel: QuantModel, linear: Linear, found: dict[str, Tensor], batches: int) -> None:
+        super().__init__(qmodel, linear)
+        self.found, self.left = found, batches
 
     def observe(self, x: Tensor, images: int) -> None:
-        self.moments.add(self.users[0].rows(self.qmodel.model, self._seen(x)))
-
-    def _seen(self, x: Tensor) -> Tensor:
-        return x
+        self.left -= 1
+        self.moments.add(self.linear.rows(self.qmodel.model, x))
 
     def finish(self) -> None:
-        for user in self.users:
-            weight = self.qmodel.weight(user.weight)
-            assert weight is not None
-            self.found[str(user.module)] = weight.flatten(1).double() @ self.moments.mean
+        if self.left == 0:
+            self.found[str(self.linear.module)] = self.output(self.weight)
 
 
-class _Shift(_Mean):
-    """The same of the quantized linears, and the difference put into their biases."""
+class _Shift(_Inputs):
+    """Puts what the quantized linear lacks into its bias."""
 
     def __init__(
-        self,
-        qmodel: QuantModel,
-        site: Site,
-        users: list[Linear],
-        wanted: dict[str, Tensor],
-        shifts: dict[str, Tensor],
+        self, qmodel: QuantModel, linear: Linear, wanted: dict[str, Tensor], shifts: dict[str, Tensor]
     ) -> None:
-        super().__init__(qmodel, site, users, {})
+        super().__init__(qmodel, linear)
         self.wanted, self.shifts = wanted, shifts
 
-    def _seen(self, x: Tensor) -> Tensor:
-        return as_used(self.quantizer, x)
+    def observe(self, x: Tensor, images: int) -> None:
+        self.moments.add(self.linear.rows(self.qmodel.model, as_used(self.qmodel.quantizers[self.linear.input], x)))
 
     def finish(self) -> None:
-        for user in self.users:
-            weight, name = self.qmodel.weight(user.weight), str(user.module)
-            assert weight is not None
-            used = self.qmodel.quantizers[user.weight](weight.data).flatten(1).double()
-            self.shifts[name] = (self.wanted[name] - used @ self.moments.mean).float()
-            add_to_bias(self.qmodel.model, name, self.shifts[name])
+        name = str(self.linear.module)
+        used = self.qmodel.quantizers[self.linear.weight](self.weight)
+        self.shifts[name] = (self.wanted[name] - self.output(used)).float()
+        add_to_bias(self.qmodel.model, name, self.shifts[name])

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from vitq.calibrate.blocks import call_block, first, stream_blocks
+from vitq.calibrate.moments import Moments
 from vitq.calibrate.store import Store
 from vitq.core.batches import Batches
-from vitq.core.errors import CompositionError, DataError
+from vitq.core.errors import CompositionError, DataError, InputError
 from vitq.core.progress import Progress
 from vitq.core.qmodel import QuantModel
 from vitq.core.recipe import ACT_SCALES, PASSES, WEIGHT_SCALES, Pass
@@ -76,9 +77,16 @@ class CompensateBlockRewrite(Rewrite):
     name = "compensate_block"
 
     def prepare(self, model: nn.Module) -> None:
-        """Hang the map on the block."""
+        """Hang the map on the block.
+
+        Raises:
+            InputError: arguments or tensors that do not describe a map.
+        """
+        weight, bias, channel = self.tensors["weight"], self.tensors["bias"], self.args["channel"]
+        if channel not in (-1, 1) or bias.ndim != 1 or weight.shape != (len(bias), len(bias)):
+            raise InputError(f"{self.args['block']}: no map of channels: {channel}, {weight.shape}, {bias.shape}")
         block = model.get_submodule(self.args["block"])
-        block.add_module(CHILD, Compensation(self.tensors["weight"], self.tensors["bias"], self.args["channel"]))
+        block.add_module(CHILD, Compensation(weight, bias, channel))
         block.register_forward_hook(_add, with_kwargs=True)
 
     def apply(self, model: nn.Module) -> None:
@@ -112,23 +120,22 @@ class CompensateBlocks(Pass):
             raise CompositionError(f"pass 'compensate_blocks': ridge {ridge} must not be negative")
         self.ridges = (ridge,) if ridge else RIDGES
 
-    @torch.no_grad()
-    def run(self, qmodel: QuantModel, data: Batches | None, progress: Progress) -> None:
-        """Compensate every block.
-
-        Raises:
-            DataError: fewer than two calibration images.
-            CompositionError: the model has no blocks.
-        """
-        names = list(qmodel.graph.blocks)
+    def check(self, qmodel: QuantModel, data: Batches | None) -> None:
+        """Refuse to work without two images, or on a model without blocks."""
         if data is None or data.count < 2:
             raise DataError("compensating blocks needs two calibration images or more; give data= (or --calib)")
-        if not names:
+        if not qmodel.graph.blocks:
             raise CompositionError("compensating blocks: this model has no repeated transformer blocks")
+
+    @torch.no_grad()
+    def run(self, qmodel: QuantModel, data: Batches | None, progress: Progress) -> None:
+        """Compensate every block."""
+        assert data is not None
+        names = list(qmodel.graph.blocks)
         explained, macs = [], 0
         with progress.task("compensating block by block", len(names)) as task:
             for name, block, inputs in stream_blocks(qmodel, data, names):
-                found = self._fit(qmodel, name, block, inputs)
+                found = self._fit(qmodel, name, block, inputs, data.count)
                 if found is not None:
                     qmodel.apply_rewrite(found.rewrite)
                     explained.append(found.explained)
@@ -141,12 +148,12 @@ class CompensateBlocks(Pass):
             "extra_macs": macs,
         }
 
-    def _fit(self, qmodel: QuantModel, name: str, block: nn.Module, inputs: Store) -> _Found | None:
+    def _fit(self, qmodel: QuantModel, name: str, block: nn.Module, inputs: Store, images: int) -> _Found | None:
         sites = [s for s in qmodel.sites() if s.block == name]
         channels = {s.shape[-1] for s in qmodel.graph.sites.values() if s.block == name and s.role in READS_HIDDEN}
         on = [s for s in sites if qmodel.quantizers[s].state != "off"]
-        folds: list[_Sums] = []
-        channel = tokens = 0
+        folds: list[_Regression] = []
+        channel = 0
         for item in inputs:
             x = _input(*item)
             quantized = first(call_block(block, item))
@@ -159,15 +166,14 @@ class CompensateBlocks(Pass):
             finally:
                 qmodel.set_state("on", on)
             size = x.shape[channel]
-            folds = folds or [_Sums.zeros(size, x.device), _Sums.zeros(size, x.device)]
+            folds = folds or [_Regression.empty(size, x.device), _Regression.empty(size, x.device)]
             rows, rest = (t.movedim(channel, -1).flatten(0, -2).float() for t in (x, target - quantized))
-            tokens = len(rows) // len(x)
-            half = -(-len(x) // 2) * tokens
+            half = -(-len(x) // 2) * (len(rows) // len(x))
             folds[0].add(rows[:half], rest[:half])
             folds[1].add(rows[half:], rest[half:])
-        return self._solved(name, channel, tokens, folds)
+        return self._solved(name, channel, folds, images)
 
-    def _solved(self, name: str, channel: int, tokens: int, folds: list[_Sums]) -> _Found | None:
+    def _solved(self, name: str, channel: int, folds: list[_Regression], images: int) -> _Found | None:
         a, b = folds
         spread = a.rest_spread() + b.rest_spread()
         if not a.count or not b.count or not spread:
@@ -181,7 +187,7 @@ class CompensateBlocks(Pass):
         if not all(bool(t.isfinite().all()) for t in halves.values()):
             return None
         rewrite = CompensateBlockRewrite({"block": name, "channel": channel}, halves)
-        return _Found(rewrite, 1 - left[best] / spread, tokens * len(weight) ** 2)
+        return _Found(rewrite, 1 - left[best] / spread, (a.count + b.count) // images * len(weight) ** 2)
 
 
 @dataclass(frozen=True)
@@ -191,54 +197,47 @@ class _Found:
     macs: int  # for one image
 
 
-@dataclass
-class _Sums:
-    """What a regression of rest (n, C) on rows (n, C) needs, float64."""
+class _Regression:
+    """Fits rest (n, C) by rows (n, C): all it needs are the moments of both side by side."""
 
-    count: int
-    x: Tensor
-    r: Tensor
-    xx: Tensor
-    xr: Tensor
-    rr: Tensor
+    def __init__(self, size: int, moments: Moments) -> None:
+        self.size, self.moments = size, moments
 
     @classmethod
-    def zeros(cls, size: int, device: torch.device) -> _Sums:
-        def empty(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.float64, device=device)
-
-        return cls(0, empty(size), empty(size), empty(size, size), empty(size, size), empty())
+    def empty(cls, size: int, device: torch.device) -> _Regression:
+        return cls(size, Moments(2 * size, device))
 
     def add(self, rows: Tensor, rest: Tensor) -> None:
-        self.count += len(rows)
-        self.x += rows.sum(0, dtype=torch.float64)
-        self.r += rest.sum(0, dtype=torch.float64)
-        self.xx += rows.T @ rows
-        self.xr += rows.T @ rest
-        self.rr += rest.square().sum(dtype=torch.float64)
+        self.moments.add(torch.cat([rows, rest], dim=1))
 
-    def __add__(self, other: _Sums) -> _Sums:
-        parts = ("x", "r", "xx", "xr", "rr")
-        return _Sums(self.count + other.count, *(getattr(self, p) + getattr(other, p) for p in parts))
+    def __add__(self, other: _Regression) -> _Regression:
+        return _Regression(self.size, self.moments + other.moments)
+
+    @property
+    def count(self) -> int:
+        return self.moments.count
 
     def solve(self, ridge: float) -> tuple[Tensor, Tensor]:
         """(W, b) float64."""
-        x, r = self.x / self.count, self.r / self.count
-        covariance = self.xx / self.count - x.outer(x)
+        mean = self.moments.mean
+        spread = self.moments.matrix - mean.outer(mean)
+        x, r = mean[: self.size], mean[self.size :]
+        covariance = spread[: self.size, : self.size]
         strength = ridge * covariance.diagonal().mean().clamp(min=1e-30)
-        covariance = covariance + strength * torch.eye(len(x), dtype=torch.float64, device=x.device)
-        weight = torch.linalg.solve(covariance, self.xr / self.count - x.outer(r))
+        damped = covariance + strength * torch.eye(self.size).to(mean)
+        weight = torch.linalg.solve(damped, spread[: self.size, self.size :])
         return weight, r - x @ weight
 
     def error(self, weight: Tensor, bias: Tensor) -> float:
-        """Sum of squares that (W, b) leaves."""
-        fitted = 2 * ((weight * self.xr).sum() + bias @ self.r)
-        square = (weight * (self.xx @ weight)).sum() + self.count * bias @ bias + 2 * (self.x @ weight) @ bias
-        return float(self.rr - fitted + square)
+        """Sum of squares that (W, b) leaves: of [x, r] [-W; I] - b."""
+        left = torch.cat([-weight, torch.eye(self.size).to(weight)])
+        mean = self.moments.mean @ left
+        square = (left * (self.moments.matrix @ left)).sum() - 2 * mean @ bias + bias @ bias
+        return float(square) * self.count
 
     def rest_spread(self) -> float:
         """Sum of squares of the rest itself: what is left without a map."""
-        return float(self.rr)
+        return float(self.moments.matrix.diagonal()[self.size :].sum()) * self.count
 
 
 def _channel_dim(x: Tensor, out: Any, channels: set[int]) -> int:

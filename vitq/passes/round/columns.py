@@ -22,7 +22,6 @@ from vitq.core.progress import Progress
 from vitq.core.qmodel import QuantModel
 from vitq.core.recipe import ACT_SCALES, PASSES, WEIGHT_SCALES, Pass
 from vitq.core.roles import WEIGHT
-from vitq.core.site import Site
 from vitq.quantizers.base import Params, Quantizer
 
 COLUMNS = 128  # are corrected one by one; those behind them once per so many
@@ -55,55 +54,49 @@ class RoundColumns(Pass):
         self.damp = damp
         self.order = order
 
-    @torch.no_grad()
-    def run(self, qmodel: QuantModel, data: Batches | None, progress: Progress) -> None:
-        """Round every linear, each on what the ones before it give.
-
-        Raises:
-            DataError: no calibration images.
-        """
-        found = linears(qmodel)
-        weights = len(qmodel.sites(WEIGHT))
+    def check(self, qmodel: QuantModel, data: Batches | None) -> None:
+        """Refuse to work without images."""
         if data is None or data.count == 0:
             raise DataError("rounding by the error of the outputs needs calibration images; give data= (or --calib)")
+
+    @torch.no_grad()
+    def run(self, qmodel: QuantModel, data: Batches | None, progress: Progress) -> None:
+        """Round every linear, each on what the ones before it give."""
+        assert data is not None
+        found = linears(qmodel)
+        weights = len(qmodel.sites(WEIGHT))
         gains: list[float] = []
-        at: dict[str, list[Linear]] = {}
-        for linear in found:
-            at.setdefault(linear.input.id, []).append(linear)
-        sites = list({linear.input.id: linear.input for linear in found}.values())
+        at = {linear.input.id: linear for linear in found}
+        sites = [linear.input for linear in found]
         with watchable(qmodel, sites):
-            watch_prefix(qmodel, sites, lambda site: _Rounding(qmodel, site, at[site.id], self, gains), data, progress)
+            watch_prefix(qmodel, sites, lambda site: _Rounding(qmodel, at[site.id], self, gains), data, progress)
         mean = sum(gains) / len(gains) if gains else 1.0
         kept = weights - len(gains)
         qmodel.log["round_columns"] = {"rounded": len(gains), "kept": kept, "error_of_nearest": round(mean, 4)}
 
 
 class _Rounding:
-    """Gathers the inputs of one or more linears that share them, then chooses their codes."""
+    """Gathers the inputs of a linear, then chooses its codes."""
 
-    def __init__(
-        self, qmodel: QuantModel, site: Site, users: list[Linear], settings: RoundColumns, gains: list[float]
-    ) -> None:
-        self.qmodel, self.users, self.settings, self.gains = qmodel, users, settings, gains
-        self.input = qmodel.quantizers[site]
-        weight = qmodel.weight(users[0].weight)
+    def __init__(self, qmodel: QuantModel, linear: Linear, settings: RoundColumns, gains: list[float]) -> None:
+        self.qmodel, self.linear, self.settings, self.gains = qmodel, linear, settings, gains
+        weight, quantizer = qmodel.weight(linear.weight), qmodel.quantizers[linear.weight]
         assert weight is not None
-        self.moments = Moments(weight[0].numel(), weight.device)
+        assert isinstance(quantizer, Quantizer)
+        self.weight: Tensor = weight.data
+        self.quantizer: Quantizer = quantizer
+        self.moments: Moments = Moments(weight[0].numel(), weight.device)
 
     def observe(self, x: Tensor, images: int) -> None:
-        self.moments.add(self.users[0].rows(self.qmodel.model, as_used(self.input, x)))
+        self.moments.add(self.linear.rows(self.qmodel.model, as_used(self.qmodel.quantizers[self.linear.input], x)))
 
     def finish(self) -> None:
-        for linear in self.users:
-            weight, quantizer = self.qmodel.weight(linear.weight), self.qmodel.quantizers[linear.weight]
-            assert weight is not None
-            assert isinstance(quantizer, Quantizer)
-            if self.moments.count < self.moments.total.numel():
-                continue
-            wide = weight.detach().float()
-            values, gain = choose(wide, self.moments.matrix, quantizer, self.settings.damp, order=self.settings.order)
-            quantizer.round_to(values.to(weight.dtype))
-            self.gains.append(gain)
+        if self.moments.count < self.moments.total.numel():
+            return
+        damp, order = self.settings.damp, self.settings.order
+        values, gain = choose(self.weight.float(), self.moments.matrix, self.quantizer, damp, order=order)
+        self.quantizer.round_to(values.to(self.weight.dtype))
+        self.gains.append(gain)
 
 
 def choose(w: Tensor, h: Tensor, quantizer: Quantizer, damp: float, *, order: bool = True) -> tuple[Tensor, float]:
