@@ -24,6 +24,7 @@ class SiteQuantizer(Protocol):
     baked: bool
     rounded: Tensor | None
     observer: Any
+    product_observer: Any
     exportable: bool
 
     @property
@@ -171,7 +172,7 @@ class QuantModel(nn.Module):
         """
         for site in self.sites():
             quantizer = self.quantizers[site]
-            quantizer.observer = None
+            quantizer.observer = quantizer.product_observer = None
             quantizer.freeze()
             weight = self.weight(site)
             if bake and site.role == WEIGHT and weight is not None and not quantizer.baked:
