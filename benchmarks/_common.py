@@ -65,6 +65,15 @@ class Shared:
         """The images that official code was calibrated on with this seed, in its order."""
         return open_images(self.peers / f"calibration_seed{seed}.txt", root=self.sample)
 
+    def photos(self, count: int, loaded: LoadedModel) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """(calibration photos, as many others, where all that comes from) for errors on what was not looked at."""
+        calibration = self.calibration(0).subset(range(count)).tensor(loaded.preprocess)
+        split = open_images(self.sample / "ablate", num_classes=loaded.num_classes)
+        others = split.subset(range(0, len(split), len(split) // count)).tensor(loaded.preprocess)
+        where = {"kind": "simulated", "calibration": f"{count} of calibration_seed0.txt", "seed": 0}
+        where |= {"evaluation": f"{len(others)} of imagenet_sample/ablate"} | self.weights() | provenance()
+        return calibration, others, where
+
     def weights(self) -> dict[str, str]:
         """Which weights, for a results row."""
         digest = hashlib.sha256(self.checkpoint.read_bytes()).hexdigest()
