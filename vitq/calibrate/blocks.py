@@ -95,7 +95,7 @@ def _chained(qmodel: QuantModel, data: Batches, names: list[str]) -> list[bool]:
 
         handles.append(qmodel.model.get_submodule(name).register_forward_hook(note, with_kwargs=True))
     try:
-        data.forward(qmodel.model, _one(next(iter(data))))
+        data.forward(qmodel.model, one_example(next(iter(data))))
     finally:
         for handle in handles:
             handle.remove()
@@ -117,7 +117,8 @@ def _identical(a: Any, b: Any) -> bool:
     )
 
 
-def _one(batch: Any) -> Any:
+def one_example(batch: Any) -> Any:
+    """The first example of a micro-batch."""
     return pytree.tree_map(lambda t: t[:1] if isinstance(t, Tensor) and t.ndim else t, batch)
 
 
