@@ -194,7 +194,7 @@ class AddNoise(Pass):
     needs = frozenset({WEIGHT_SCALES, ACT_SCALES})
     cost = "one forward of the calibration images (about three with more than 32), and the search"
 
-    def __init__(self, largest: float = 2.0, amplitudes: int = 40, shift: bool = False, rows: int = 2048) -> None:
+    def __init__(self, largest: float = 2.0, amplitudes: int = 20, shift: bool = False, rows: int = 2048) -> None:
         if largest <= 0 or amplitudes < 1 or rows < 1:
             raise CompositionError("pass 'add_noise': largest must be above 0; amplitudes and rows at least 1")
         self.amplitudes = torch.linspace(0, largest, amplitudes + 1)[1:].tolist()
