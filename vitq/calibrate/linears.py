@@ -50,7 +50,7 @@ class _Port(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.state, self.baked, self.observer, self.bits = "off", False, None, 32
+        self.state, self.baked, self.observer, self.product_observer, self.bits = "off", False, None, None, 32
         self.rounded = None
         self.fitted = True
 

@@ -24,6 +24,7 @@ class SiteQuantizer(Protocol):
     baked: bool
     rounded: Tensor | None
     observer: Any
+    product_observer: Any
     exportable: bool
 
     @property
@@ -173,7 +174,7 @@ class QuantModel(nn.Module):
         """
         for site in self.sites():
             quantizer = self.quantizers[site]
-            quantizer.observer = None
+            quantizer.observer = quantizer.product_observer = None
             quantizer.freeze()
         while self.pending:
             self.pending.pop(0)(self)

@@ -6,15 +6,23 @@ Shapes:  B batch, H heads, N query tokens, S key tokens, D channels of a head, E
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 ATEN = torch.ops.aten
-Port = Callable[[str, Tensor], Tensor]
+
+
+class Port(Protocol):
+    """What a product is run with."""
+
+    def __call__(self, operand: str, tensor: Tensor) -> Tensor:
+        """The tensor to use in place of a named operand."""
+
+    def made(self, operand: str, result: Tensor) -> Tensor:
+        """Shown the result of the product whose left operand has that name, bias included, and gives it back."""
 
 
 def attend(
@@ -37,7 +45,7 @@ def attend(
     """
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     # Scaling the queries is N/S of the work of scaling the scores, and saves a tensor of their size.
-    scores = ATEN.matmul.default(port("query", query) * scale, port("key", key).transpose(-2, -1))
+    scores = port.made("query", ATEN.matmul.default(port("query", query) * scale, port("key", key).transpose(-2, -1)))
     if is_causal:
         rows, columns = scores.shape[-2:]
         allowed = torch.ones(rows, columns, dtype=torch.bool, device=scores.device).tril()
@@ -50,7 +58,7 @@ def attend(
         blind = ~mask if mask.dtype == torch.bool else mask.isneginf()
         weights = weights.masked_fill(blind.all(dim=-1, keepdim=True), 0)
     weights = port("softmax", weights)
-    return ATEN.matmul.default(weights, port("value", value)), weights
+    return port.made("softmax", ATEN.matmul.default(weights, port("value", value))), weights
 
 
 def sdpa_operands(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -166,6 +174,7 @@ def run_mha(port: Port, query: Tensor, key: Tensor, value: Tensor, *args: Any, *
     out, weights = attend(port, q, k, v, mask, bool(a["is_causal"]) and mask is None, None, a["need_weights"])
     out = out.permute(2, 0, 1, 3).reshape(rows, batch, embed)
     out = ATEN.linear.default(port("out_input", out), port("out_weight", a["out_proj_weight"]), a["out_proj_bias"])
+    out = port.made("out_input", out)
     if not batched:
         out = out.squeeze(1)
     if not a["need_weights"]:
@@ -184,7 +193,8 @@ def _project(
         whole = port("weight", a["in_proj_weight"])
         if same:
             out = ATEN.linear.default(port("input", query), whole, a["in_proj_bias"])
-            return out.chunk(3, dim=-1)  # type: ignore[no-any-return]
+            q, k, v = port.made("input", out).chunk(3, dim=-1)
+            return q, k, v
         weights = whole.chunk(3)
     if same:
         x = port("input", query)

@@ -61,17 +61,31 @@ class _Interception(TorchFunctionMode):
             if found is not None:
                 return found
 
-        def port(operand: str, tensor: Tensor) -> Tensor:
-            if operand not in quantizers:
-                raise TraceError(
-                    f"{self.owner or 'the model'}: {product.kind} number {ordinal} has an operand {operand!r} that it "
-                    f"did not have while it was traced (had {', '.join(quantizers)}); trace it with an example that "
-                    f"takes the same way"
-                )
-            quantizer = quantizers[operand]
-            return tensor if quantizer is None else quantizer(tensor)
-
+        port = _Quantizing(quantizers, f"{self.owner or 'the model'}: {product.kind} number {ordinal}")
         return product.run(port, *args, **kwargs)
+
+
+class _Quantizing:
+    """The port that passes operands through their quantizers, and shows results to who asked for them there."""
+
+    def __init__(self, quantizers: dict[str, nn.Module | None], where: str) -> None:
+        self.quantizers, self.where = quantizers, where
+
+    def __call__(self, operand: str, tensor: Tensor) -> Tensor:
+        if operand not in self.quantizers:
+            raise TraceError(
+                f"{self.where} has an operand {operand!r} that it did not have while it was traced (had "
+                f"{', '.join(self.quantizers)}); trace it with an example that takes the same way"
+            )
+        quantizer = self.quantizers[operand]
+        return tensor if quantizer is None else quantizer(tensor)
+
+    def made(self, operand: str, result: Tensor) -> Tensor:
+        look = getattr(self.quantizers.get(operand), "product_observer", None)
+        if look is not None:
+            with torch._C.DisableTorchFunction():
+                look(result)
+        return result
 
 
 class QuantizedOwner(nn.Module):

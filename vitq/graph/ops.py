@@ -17,10 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitq.graph import attention, integer
+from vitq.graph.attention import Port
 
 ATEN = torch.ops.aten
-# Gives the tensor to use in place of a named operand.
-Port = Callable[[str, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Product:
         kind: name in site identities.
         operands: (args, kwargs) -> operand name -> tensor, in the order in which they are used; operands that
             only exist inside the call (attention probabilities) are absent.
-        run: (port, args, kwargs) -> result, every operand passed through the port.
+        run: (port, args, kwargs) -> result, every operand passed through the port, every result shown to it.
         macs: (output, args, kwargs) -> multiply-accumulates.
         inner: (args, kwargs) -> name -> shape of operands that exist only inside the call.
         bias: (args, kwargs) -> what is added along the output channels of the (first) product with a weight.
@@ -54,11 +53,17 @@ class Product:
         """The call in float: fused where there is such a kernel, else taken apart with its operands as they are."""
         if self.fused is not None:
             return self.fused(*args, **kwargs)
-        return self.run(_as_it_is, *args, **kwargs)
+        return self.run(_AsItIs(), *args, **kwargs)
 
 
-def _as_it_is(operand: str, tensor: Tensor) -> Tensor:
-    return tensor
+class _AsItIs:
+    """The port that changes nothing."""
+
+    def __call__(self, operand: str, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def made(self, operand: str, result: Tensor) -> Tensor:
+        return result
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> dict[str, Tensor]:
@@ -66,7 +71,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> dict[s
 
 
 def _run_linear(port: Port, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return ATEN.linear.default(port("input", input), port("weight", weight), bias)  # type: ignore[no-any-return]
+    return port.made("input", ATEN.linear.default(port("input", input), port("weight", weight), bias))
 
 
 def _macs_linear(out: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> int:
@@ -81,7 +86,7 @@ def _run_conv(name: str) -> Callable[..., Tensor]:
     packet = getattr(ATEN, name)
 
     def run(port: Port, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return packet(port("input", input), port("weight", weight), *args, **kwargs)  # type: ignore[no-any-return]
+        return port.made("input", packet(port("input", input), port("weight", weight), *args, **kwargs))
 
     return run
 
@@ -104,7 +109,7 @@ def _matmul(input: Tensor, other: Tensor | None = None, **kw: Any) -> dict[str, 
 
 def _run_matmul(port: Port, *args: Any, **kw: Any) -> Tensor:
     both = _matmul(*args, **kw)
-    return ATEN.matmul.default(port("lhs", both["lhs"]), port("rhs", both["rhs"]))  # type: ignore[no-any-return]
+    return port.made("lhs", ATEN.matmul.default(port("lhs", both["lhs"]), port("rhs", both["rhs"])))
 
 
 def _macs_matmul(out: Tensor, *args: Any, **kw: Any) -> int:
@@ -139,7 +144,7 @@ def _run_add_matmul(name: str) -> Callable[..., Tensor]:
     def run(port: Port, input: Tensor, *args: Any, **kw: Any) -> Tensor:
         both = _add_matmul(input, *args, **kw)
         scales = {k: kw[k] for k in ("beta", "alpha") if k in kw}
-        return packet(input, port("lhs", both["lhs"]), port("rhs", both["rhs"]), **scales)  # type: ignore[no-any-return]
+        return port.made("lhs", packet(input, port("lhs", both["lhs"]), port("rhs", both["rhs"]), **scales))
 
     return run
 

@@ -53,6 +53,7 @@ class Quantizer(nn.Module):
         self.layout = layout or Layout()
         self.state: State = "off"
         self.observer: Observer | None = None
+        self.product_observer: Callable[[Tensor], None] | None = None  # … of the product it is the left operand of
         self.baked = False  # the tensor at this site already holds decoded values
         self.rounded: Tensor | None = None  # decoded values of codes that a pass chose, instead of the nearest ones
         self.noise: Tensor | None = None  # (C,) added to x before it is coded, taken off the value

@@ -1,0 +1,149 @@
+"""Scores candidates for the parameters of a product's operand by what they do to the product.
+
+Shapes:  params (K, G), score (K, G): K candidates for each of G scale groups; lower is better
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from vitq.calibrate.objective import Objective
+from vitq.calibrate.products import Chunk, Product
+from vitq.quantizers.base import Params, Quantizer
+
+LARGEST = 2**22  # values of a tensor of candidates
+PART = 8  # one in so many rows is looked at first, and one in so many candidates then on all
+
+
+@dataclass
+class Judge:
+    """Compares the product of quantized operands with the float one, on samples.
+
+    Args:
+        model: holds the weights.
+        product: what is multiplied.
+        chunks: samples of it.
+        quantizers: of the left and the right operand, None for one that stays as it is.
+        objective: what is better.
+    """
+
+    model: nn.Module
+    product: Product
+    chunks: list[Chunk]
+    quantizers: tuple[Quantizer | None, Quantizer | None]
+    objective: Objective
+
+    def best(self, side: str, params: Params, *, alone: bool = False) -> Tensor:
+        """(1, G) best candidate of each group: all are compared on a part, the best of them on everything."""
+        count = next(iter(params.values())).shape[0]
+        if count < 2 * PART:
+            return self.score(side, params, alone=alone).argmin(0, keepdim=True)
+        keep = -(-count // PART)
+        score = self.score(side, params, alone=alone, part=PART)
+        score[0] = -torch.inf  # what there is now is compared in any case
+        chosen = score.topk(keep, dim=0, largest=False, sorted=False).indices.sort(0).values
+        some = {name: value.gather(0, chosen) for name, value in params.items()}
+        return chosen.gather(0, self.score(side, some, alone=alone).argmin(0, keepdim=True))
+
+    def score(self, side: str, params: Params, *, alone: bool = False, part: int = 1) -> Tensor:
+        """(K, G) score of candidates for one operand, the other being quantized as it is now.
+
+        Args:
+            alone: by the error of the operand itself, without the product. So it is wherever the errors of scale
+                groups mix in the product (channel scales of an input).
+            part: look at one in so many rows.
+        """
+        quantizer = self.quantizers[side == "right"]
+        assert quantizer is not None
+        dims = None if alone else self.product.groups_of(side, quantizer)
+        candidates, total, values = next(iter(params.values())).shape[0], None, 0
+        for chunk in self.chunks:
+            some = chunk.every(part)
+            x = self.operand(side, some)
+            error = partial(self._error_alone, x) if dims is None else self._error_of(side, some, dims)
+            largest = max(x.numel(), some.left.numel(), some.made.numel())
+            parts = []
+            for few in torch.arange(candidates).split(max(1, LARGEST // largest)):
+                parts.append(error(quantizer, {name: value[few] for name, value in params.items()}))
+            here = torch.cat(parts) * some.made.numel()
+            total, values = here if total is None else total + here, values + some.made.numel()
+        assert total is not None
+        return total / values
+
+    def error(self) -> float:
+        """Score of both operands quantized as they are now."""
+        total = values = 0.0
+        for chunk in self.chunks:
+            made = self.product.multiply(self.model, self._quantized("left", chunk), self._quantized("right", chunk))
+            score = self._compared(made.sub_(self._plain(chunk))[None], chunk, ())
+            total, values = total + float(score) * made.numel(), values + made.numel()
+        return total / max(values, 1)
+
+    def _error_alone(self, x: Tensor, quantizer: Quantizer, params: Params) -> Tensor:
+        wanted = quantizer.layout.by_group(x)[:, None]
+        tried = simulated(quantizer, params, x)
+        return self.objective(
+            torch.stack([quantizer.layout.by_group(one)[:, None] for one in tried]).sub_(wanted), wanted
+        )
+
+    def _error_of(self, side: str, chunk: Chunk, dims: tuple[int, ...]) -> Callable[[Quantizer, Params], Tensor]:
+        x, plain = self.operand(side, chunk), self._plain(chunk)
+        other = self._quantized("left" if side == "right" else "right", chunk)
+
+        def error(quantizer: Quantizer, params: Params) -> Tensor:
+            tried = simulated(quantizer, params, x)
+            both = (tried, other) if side == "left" else (other, tried)
+            score = self._compared(self.product.multiply(self.model, *both).sub_(plain), chunk, dims)
+            groups = quantizer.layout.groups
+            if score.shape[1] not in (1, groups):  # several groups in a row of a weight are judged together
+                return score.repeat_interleave(groups // score.shape[1], dim=1)
+            return score.expand(-1, groups)
+
+        return error
+
+    def _compared(self, error: Tensor, chunk: Chunk, dims: tuple[int, ...]) -> Tensor:
+        wanted = _arranged(chunk.made[None], dims)[0]
+        weight = None if chunk.weight is None else _arranged(chunk.weight[None], dims)[0]
+        return self.objective(_arranged(error, dims), wanted, weight, scores=self.product.kind == "scores")
+
+    def _plain(self, chunk: Chunk) -> Tensor:
+        return self.product.multiply(self.model, chunk.left, self.operand("right", chunk))
+
+    def operand(self, side: str, chunk: Chunk) -> Tensor:
+        if side == "left":
+            return chunk.left
+        if chunk.right is not None:
+            return chunk.right
+        assert self.product.right.param is not None
+        return self.model.get_parameter(self.product.right.param).detach().float()
+
+    def _quantized(self, side: str, chunk: Chunk) -> Tensor:
+        quantizer, x = self.quantizers[side == "right"], self.operand(side, chunk)
+        if quantizer is None or quantizer.baked:
+            return x
+        return quantizer.layout.join(quantizer.simulate_with(quantizer.layout.split(x), quantizer.params()))
+
+
+def simulated(quantizer: Quantizer, params: Params, x: Tensor) -> Tensor:
+    """(K, *x.shape) x under K candidates, each (K, G)."""
+    layout = quantizer.layout
+    wide = layout.split(x)
+    count = next(iter(params.values())).shape[0]
+    ones = (1,) * (wide.ndim - layout.ndim)
+    shaped = {name: value.reshape(count, *ones, *layout.scale_shape) for name, value in params.items()}
+    return layout.join(quantizer.simulate_with(wide.expand(count, *wide.shape), shaped))
+
+
+def _arranged(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """(K, ...) as (K, G, R, C): the dimensions that keep groups apart come first, the last of the others last."""
+    front = sorted(d if d < 0 else d - (x.ndim - 1) for d in dims)
+    rest = [d for d in range(1 - x.ndim, 0) if d not in front]
+    groups = math.prod(x.shape[d] for d in front)
+    moved = x.permute(0, *front, *rest)
+    return moved.reshape(len(x), groups, -1, x.shape[rest[-1]])

@@ -1,0 +1,301 @@
+"""Matrix products, with samples of their operands and results: what a search by output error looks at.
+
+Shapes:  linear  left (n, in) or (m, T, in)   right (out, in)       made (..., out)
+         conv    left (m, in, ...)            right (out, in, ...)  made (m, out, ...)
+         scores  left (m, ..., R, D)          right (m, ..., S, D)  made (m, ..., R, S)
+         rows    left (m, ..., R, S)          right (m, ..., S, D)  made (m, ..., R, D)
+         m entries of the first dimension (images, windows), R rows of each, n rows of all
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitq.core.qmodel import QuantModel
+from vitq.core.site import Call, Site
+from vitq.quantizers.base import Quantizer
+
+EVEN = 0.5  # share of the sample that is spread evenly, whatever the gradients are
+
+_OPERANDS = {
+    "linear": (("linear", "input", "weight"),),
+    "conv": (("conv", "input", "weight"),),
+    "matmul": (("rows", "lhs", "rhs"),),
+    "sdpa": (("scores", "query", "key"), ("rows", "softmax", "value")),
+    "mha": (
+        ("linear", "input", "weight"),
+        ("scores", "query", "key"),
+        ("rows", "softmax", "value"),
+        ("linear", "out_input", "out_weight"),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Product:
+    """One matrix product with a quantized operand.
+
+    Attributes:
+        kind: how it multiplies: "linear", "conv", "scores" (left right^T) or "rows" (left right).
+        left, right: sites of its operands.
+        module: owner of the call.
+        owns_right: no earlier product has the same right operand (a tied weight).
+    """
+
+    kind: str
+    left: Site
+    right: Site
+    module: str
+    owns_right: bool = True
+
+    def multiply(self, model: nn.Module, left: Tensor, right: Tensor) -> Tensor:
+        """The product, without bias; one of the operands may have a further leading dimension of candidates."""
+        if self.kind == "linear":
+            if right.ndim == 2:
+                return F.linear(left, right)
+            made: Tensor = right.flatten(0, 1) @ left.flatten(0, -2).T  # rows of a weight stay together
+            return made.reshape(*right.shape[:2], *left.shape[:-1]).movedim(1, -1)
+        if self.kind == "conv":
+            return _convolved(model.get_submodule(self.module), left, right)
+        return left @ (right.mT if self.kind == "scores" else right)
+
+    def groups_of(self, side: str, quantizer: Quantizer) -> tuple[int, ...] | None:
+        """Dimensions of the result along which the errors of that operand's scale groups stay apart; None: they mix."""
+        keep, ndim = quantizer.layout.keep, quantizer.layout.ndim
+        if not keep:
+            return ()
+        if self.kind in ("linear", "conv"):
+            if side == "right":  # (out, ...), in groups or not
+                first = -ndim == keep[0]
+                return ((-1,) if self.kind == "linear" else (1,)) if first else None
+            return keep if self.kind == "linear" and not quantizer.layout.group and keep[0] <= -2 else None
+        if quantizer.layout.group or len(keep) != 1:
+            return None
+        moves = {("left", -2): -2, ("right", -2): -1 if self.kind == "scores" else None}
+        moves |= {("left", -1): None, ("right", -1): -1 if self.kind == "rows" else None}
+        dim = moves.get((side, keep[0]), keep[0])
+        return None if dim is None else (dim,)
+
+
+def _convolved(conv: nn.Module, left: Tensor, right: Tensor) -> Tensor:
+    assert isinstance(conv, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    dims = conv.weight.ndim
+
+    def one(x: Tensor, weight: Tensor) -> Tensor:
+        found: Tensor = conv._conv_forward(x, weight, None)
+        return found
+
+    if left.ndim > dims:
+        return torch.stack([one(x, right) for x in left])
+    return torch.stack([one(left, weight) for weight in right]) if right.ndim > dims else one(left, right)
+
+
+def products(qmodel: QuantModel) -> list[Product]:
+    """Every product that a search can look at, in execution order."""
+    found: list[Product] = []
+    taken: set[str] = set()
+    for call in qmodel.graph.calls:
+        for kind, left, right in _OPERANDS.get(call.op, ()) if call.reason is None else ():
+            sites = dict(zip(call.operands, call.sites, strict=True))
+            if left not in sites or right not in sites or not _usable(qmodel, call, kind):
+                continue
+            a, b = qmodel.graph.sites[sites[left]], qmodel.graph.sites[sites[right]]
+            if a.id in qmodel.quantizers or b.id in qmodel.quantizers:
+                found.append(Product(kind, a, b, call.owner, b.id not in taken))
+                taken.add(b.id)
+    return found
+
+
+def _usable(qmodel: QuantModel, call: Call, kind: str) -> bool:
+    owner = qmodel.model.get_submodule(call.owner)
+    if kind != "conv":
+        return True
+    own = isinstance(owner, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    return own and call.sites[1] == f"{call.id}.weight"
+
+
+@dataclass
+class Chunk:
+    """A sample from one forward.
+
+    Attributes:
+        left, right, made: tensors as in the head of this file; right None for a parameter.
+        weight: squared gradients of `made`, each divided by how likely its row was to be taken; None without.
+    """
+
+    left: Tensor
+    right: Tensor | None
+    made: Tensor
+    weight: Tensor | None
+
+    def every(self, step: int) -> Chunk:
+        """One in so many of its rows or entries."""
+        if step == 1 or len(self.left) < 2 * step:
+            return self
+        right = self.right
+        if right is not None and len(right) == len(self.left) == len(self.made) and right.ndim == self.left.ndim:
+            right = right[::step]
+        weight = None if self.weight is None else self.weight[::step]
+        return Chunk(self.left[::step], right, self.made[::step], weight)
+
+
+@dataclass
+class Samples:
+    """Gathers samples of one product.
+
+    Args:
+        product: of which.
+        quantizers: of its operands, None for one that is left float or has a dynamic format.
+        rows: how many rows to take of all images, where rows stand alone.
+        entries: where they do not, how many entries (images, windows); per_entry: and rows of each.
+        images: how many images there are in all.
+    """
+
+    product: Product
+    quantizers: tuple[Quantizer | None, Quantizer | None]
+    rows: int
+    entries: int
+    per_entry: int
+    images: int
+    chunks: list[Chunk] = field(default_factory=list)
+    ranges: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    unusable: bool = False
+    _left: Tensor | None = None
+    _right: Tensor | None = None
+
+    def merge(self) -> None:
+        """Make one chunk of those of the same shape."""
+        by_shape: dict[tuple[torch.Size, ...], list[Chunk]] = {}
+        for chunk in self.chunks:
+            right = torch.Size() if chunk.right is None else chunk.right.shape[1:]
+            by_shape.setdefault((chunk.left.shape[1:], chunk.made.shape[1:], right), []).append(chunk)
+        shared = self.product.right.param is not None or self.product.kind in ("linear", "conv")
+        self.chunks = [_joined(chunks, shared) for chunks in by_shape.values()]
+
+    def see_left(self, x: Tensor) -> None:
+        """The left operand, which comes first or second."""
+        self._left = x.detach()
+        self._see_range("left", self._left)
+
+    def see_right(self, x: Tensor) -> None:
+        """The right operand."""
+        self._right = x.detach()
+        if self.product.right.param is None:
+            self._see_range("right", self._right)
+
+    def see_made(self, made: Tensor, seen: int, images: int, live: Callable[[], bool] | None = None) -> None:
+        """The result, for so many images after those seen before.
+
+        Args:
+            live: wait for the gradient of the result, and take one that comes while this is true.
+        """
+        left, right, result = self._left, self._right, made.detach()
+        assert left is not None
+
+        def take(g: Tensor) -> None:
+            if live is not None and live():
+                self._take(left, right, result, g.detach(), seen, images)
+
+        if live is not None and made.requires_grad:
+            made.register_hook(take)
+        else:
+            self._take(left, right, result, None, seen, images)
+
+    def _see_range(self, side: str, x: Tensor) -> None:
+        quantizer = self.quantizers[side == "right"]
+        if quantizer is None:
+            return
+        low, high = torch.aminmax(quantizer.layout.by_group(x.float()), dim=1)
+        if side in self.ranges:
+            low, high = torch.minimum(low, self.ranges[side][0]), torch.maximum(high, self.ranges[side][1])
+        self.ranges[side] = (low, high)
+
+    def _take(self, left: Tensor, right: Tensor | None, made: Tensor, g: Tensor | None, seen: int, images: int) -> None:
+        left, made = left.float(), made.float()
+        square = None if g is None else g.float().square()
+        if self._is_flat():
+            left, made = left.reshape(-1, left.shape[-1]), made.reshape(-1, made.shape[-1])
+            square = None if square is None else square.reshape(-1, made.shape[-1])
+            count = self._quota(self.rows, seen, images, len(left))
+            at, square = _chosen(square, len(made), count)
+            self._keep(left[at], None, made[at], square)
+            return
+        if left.ndim == 2 and self.product.kind != "conv":
+            left, made = left[None], made[None]
+            square = None if square is None else square[None]
+        if len(made) != len(left):
+            self.unusable = True
+            return
+        count = self._quota(self.entries, seen, images, len(left))
+        at, square = _chosen(square, len(made), count)
+        left, made = left[at], made[at]
+        if self.product.kind == "linear" or self.product.kind == "conv":
+            self._keep(left, None, made, square)
+            return
+        assert right is not None
+        right = right.float()
+        right = (
+            right[at] if right.ndim == left.ndim and len(right) > 1 else right.expand(1, *right.shape[-left.ndim + 1 :])
+        )
+        some = self._rows(left, made, square) if count else (left, made, square)
+        self._keep(some[0], right, some[1], some[2])
+
+    def _keep(self, left: Tensor, right: Tensor | None, made: Tensor, weight: Tensor | None) -> None:
+        if len(left):
+            right = self._right if right is None and self.product.right.param is None else right
+            self.chunks.append(Chunk(left.clone(), None if right is None else right.float(), made.clone(), weight))
+
+    def _is_flat(self) -> bool:
+        quantizer = self.quantizers[0]
+        return self.product.kind == "linear" and (quantizer is None or not set(quantizer.layout.keep) - {-1})
+
+    def _rows(self, left: Tensor, made: Tensor, square: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Some rows of each entry, the same for all heads."""
+        quantizer = self.quantizers[0]
+        rows = made.shape[-2]
+        if rows <= self.per_entry or (quantizer is not None and -2 in quantizer.layout.keep):
+            return left, made, square
+        picked = []
+        for entry in range(len(made)):
+            one = None if square is None else square[entry].movedim(-2, 0)
+            at, weighted = _chosen(one, rows, self.per_entry)
+            picked.append((left[entry].index_select(-2, at), made[entry].index_select(-2, at), weighted))
+        lefts, mades, squares = zip(*picked, strict=True)
+        weight = None if square is None else torch.stack([s.movedim(0, -2) for s in squares])
+        return torch.stack(lefts), torch.stack(mades), weight
+
+    def _quota(self, wanted: int, seen: int, images: int, there: int) -> int:
+        return min(there, (seen + images) * wanted // self.images - seen * wanted // self.images)
+
+
+def _joined(chunks: list[Chunk], shared: bool) -> Chunk:
+    first = chunks[0]
+    right, weight = first.right, None
+    if first.weight is not None:
+        weight = torch.cat([c.weight for c in chunks if c.weight is not None])
+    if right is not None and not shared:
+        right = torch.cat([c.right.expand(len(c.left), *c.right.shape[1:]) for c in chunks if c.right is not None])
+    return Chunk(torch.cat([c.left for c in chunks]), right, torch.cat([c.made for c in chunks]), weight)
+
+
+def _chosen(square: Tensor | None, there: int, wanted: int) -> tuple[Tensor, Tensor | None]:
+    """Positions of a sample along the first dimension, and what of `square` (there, ...) it has, reweighted.
+
+    Half of the sample is spread evenly, half goes where the squared gradients are: behind the last block of a
+    classifier only one token in two hundred matters. Dividing by the likelihood keeps sums unbiased.
+    """
+    device = None if square is None else square.device
+    places = (torch.arange(wanted, device=device, dtype=torch.float64) + 0.5) / max(wanted, 1)
+    total = None if square is None else square.flatten(1).sum(1, dtype=torch.float64)
+    if wanted == 0 or square is None or total is None or wanted >= there or not float(total.sum()) > 0:
+        at = torch.arange(there, device=device) if wanted >= there else (places * there).long()
+        return at, None if square is None else square[at] * (there / max(len(at), 1))
+    share = EVEN / there + (1 - EVEN) * total / total.sum()
+    at = torch.searchsorted(share.cumsum(0), places).clamp(max=there - 1)
+    scale = (1 / (share[at] * wanted)).to(square.dtype)
+    return at, square[at] * scale.reshape(-1, *[1] * (square.ndim - 1))
