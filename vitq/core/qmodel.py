@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, cast
 
 import torch
@@ -82,6 +82,7 @@ class QuantModel(nn.Module):
         graph: sites, calls, blocks.
         plan: what was asked for, resolved.
         rewrites: what was changed in the model, in order; replayed by `load`.
+        pending: rewrites that wait for the final codes: `freeze` calls each of these functions with this model.
         log: what the passes report, by pass.
         example: what the example that it was traced with looks like.
         source, preprocess: how to build the model again and how to prepare its images; filled by the
@@ -103,6 +104,7 @@ class QuantModel(nn.Module):
         self.graph = graph
         self.plan = plan
         self.rewrites: list[Rewrite] = []
+        self.pending: list[Callable[[QuantModel], None]] = []
         self.log: dict[str, Any] = {}
         self.source: dict[str, Any] | None = None
         self.preprocess: dict[str, Any] | None = None
@@ -165,7 +167,7 @@ class QuantModel(nn.Module):
             bake: write decoded values into the weights. Without it, float weights stay and are quantized at
                 every forward, with the same result (`diagnose` needs them).
 
-        Every site is switched on.
+        Every site is switched on, and what was pending is done.
 
         Raises:
             NotFittedError: a site has no scale.
@@ -174,8 +176,11 @@ class QuantModel(nn.Module):
             quantizer = self.quantizers[site]
             quantizer.observer = quantizer.product_observer = None
             quantizer.freeze()
-            weight = self.weight(site)
-            if bake and site.role == WEIGHT and weight is not None and not quantizer.baked:
+        while self.pending:
+            self.pending.pop(0)(self)
+        for site in self.sites(WEIGHT) if bake else []:
+            quantizer, weight = self.quantizers[site], self.weight(site)
+            if weight is not None and not quantizer.baked:
                 weight.data = quantizer(weight.data)
                 quantizer.baked, quantizer.rounded = True, None
         self.frozen = bake

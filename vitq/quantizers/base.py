@@ -56,6 +56,7 @@ class Quantizer(nn.Module):
         self.product_observer: Callable[[Tensor], None] | None = None  # … of the product it is the left operand of
         self.baked = False  # the tensor at this site already holds decoded values
         self.rounded: Tensor | None = None  # decoded values of codes that a pass chose, instead of the nearest ones
+        self.noise: Tensor | None = None  # (C,) added to x before it is coded, taken off the value
         self.where = ""  # the site it is at, for messages
         for name in self.fields:
             self.register_buffer(name, torch.full(self.layout.scale_shape, math.nan))
@@ -128,7 +129,7 @@ class Quantizer(nn.Module):
                 )
             old = getattr(self, name)
             old.data = value.reshape(self.layout.scale_shape).to(old.device)
-        self.rounded = None
+        self.rounded = self.noise = None
 
     def round_to(self, values: Tensor) -> None:
         """Use these values wherever the quantizer is on: decoded codes that a pass chose for a weight.
@@ -142,8 +143,8 @@ class Quantizer(nn.Module):
         self.rounded = values
 
     def unfit(self) -> None:
-        """Forget the parameters, and codes chosen with them."""
-        self.rounded = None
+        """Forget the parameters, and what was chosen with them."""
+        self.rounded = self.noise = None
         for name in self.fields:
             getattr(self, name).data.fill_(math.nan)
 
@@ -184,6 +185,8 @@ class Quantizer(nn.Module):
                 moved.data = value.to(moved.device)
         if self.rounded is not None:
             self.rounded = fn(self.rounded)
+        if self.noise is not None:
+            self.noise = self.noise.to(fn(self.noise).device)
         return self
 
     @property
@@ -196,12 +199,12 @@ class Quantizer(nn.Module):
     def encode(self, x: Tensor) -> Tensor:
         """Codes of x, whole numbers, in x's shape. Raises NotFittedError without scales."""
         self._require_fitted()
-        return self.layout.join(self.encode_with(self._split(x), self.params()))
+        return self.layout.join(self.encode_with(self._split(self._noisy(x)), self.params()))
 
     def decode(self, code: Tensor) -> Tensor:
         """float32 values of codes, in their shape. Raises NotFittedError without scales."""
         self._require_fitted()
-        return self.layout.join(self.decode_with(self._split(code), self.params()))
+        return self._plain(self.layout.join(self.decode_with(self._split(code), self.params())))
 
     def forward(self, x: Tensor) -> Tensor:
         """x on this site's grid, in x's dtype; arithmetic is float32 whatever x is, also under autocast."""
@@ -215,8 +218,14 @@ class Quantizer(nn.Module):
         if not torch.compiler.is_compiling():
             self._require_fitted_cheaply()
         with torch.autocast(x.device.type, enabled=False):
-            wide = self._split(x)
-            return self.layout.join(self.simulate_with(wide, self.params())).to(x.dtype)
+            wide = self._split(self._noisy(x))
+            return self._plain(self.layout.join(self.simulate_with(wide, self.params()))).to(x.dtype)
+
+    def _noisy(self, x: Tensor) -> Tensor:
+        return x if self.noise is None else x.to(torch.float32) + self.noise
+
+    def _plain(self, value: Tensor) -> Tensor:
+        return value if self.noise is None else value - self.noise
 
     def _split(self, x: Tensor) -> Tensor:
         try:
