@@ -8,10 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
-from vitq.core.batches import Batches, ForwardFn, default_forward, describe_example, moved
+from vitq.core.batches import Batches, ForwardFn, default_forward, describe_example, first_of, moved
 from vitq.core.errors import DataError, InputError
 from vitq.core.format import Bits, Format, Scalar
 from vitq.core.plan import Override, Plan, parse_overrides
@@ -155,7 +154,7 @@ def first_example(data: Batches | None, example: Any) -> Any:
         return example
     if data is None:
         raise DataError("nothing to trace with: give calibration images as data=, or one input as example=")
-    return pytree.tree_map(lambda t: t[:1] if isinstance(t, Tensor) and t.ndim else t, next(iter(data)))
+    return first_of(next(iter(data)))
 
 
 def device_of(model: nn.Module) -> torch.device | None:

@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitq.calibrate.blocks import one_example
-from vitq.core.batches import Batches
+from vitq.core.batches import Batches, first_of
 from vitq.core.qmodel import QuantModel
 from vitq.core.roles import WEIGHT
 from vitq.core.site import Site
@@ -95,7 +94,7 @@ def used_once(qmodel: QuantModel, data: Batches, found: list[Linear]) -> list[Li
         for site in sites:
             qmodel.quantizers[site].observer = lambda quantizer, x, name=site.id: seen.update([name])
         try:
-            data.forward(qmodel.model, one_example(next(iter(data))))
+            data.forward(qmodel.model, first_of(next(iter(data))))
         finally:
             for site in sites:
                 qmodel.quantizers[site].observer = None

@@ -19,6 +19,7 @@ from vitq.core.qmodel import QuantModel
 from vitq.core.recipe import ACT_SCALES, PASSES, WEIGHT_SCALES, Pass
 from vitq.core.rewrite import REWRITES, Rewrite
 from vitq.core.site import NormLinear
+from vitq.passes.reparam.tensors import bias_beside, give_bias, store
 from vitq.quantizers.base import Quantizer
 from vitq.quantizers.layout import Layout
 from vitq.quantizers.uniform import UniformQuantizer
@@ -40,15 +41,7 @@ class FoldNormScaleRewrite(Rewrite):
     def prepare(self, model: nn.Module) -> None:
         """Give a zero bias to linears that have none, to take up the shift."""
         for weight, bias in zip(self.args["weights"], self.args["biases"], strict=True):
-            module, _, name = bias.rpartition(".")
-            owner = model.get_submodule(module)
-            if getattr(owner, name, None) is None:
-                like = model.get_parameter(weight)
-                setattr(
-                    owner,
-                    name,
-                    nn.Parameter(torch.zeros(like.shape[0], dtype=like.dtype, device=like.device)),
-                )
+            give_bias(model, weight, bias)
 
     @torch.no_grad()
     def apply(self, model: nn.Module) -> None:
@@ -56,13 +49,13 @@ class FoldNormScaleRewrite(Rewrite):
         norm = model.get_submodule(self.args["norm"])
         ratio, shift = self.tensors["ratio"].double(), self.tensors["shift"].double()
         gamma, beta = _parameter(norm, "weight"), _parameter(norm, "bias")
-        _store(beta, (beta.double() + shift) / ratio)
-        _store(gamma, gamma.double() / ratio)
+        store(beta, (beta.double() + shift) / ratio)
+        store(gamma, gamma.double() / ratio)
         for weight_name, bias_name in zip(self.args["weights"], self.args["biases"], strict=True):
             weight, bias = model.get_parameter(weight_name), model.get_parameter(bias_name)
             wide = weight.double()
-            _store(bias, bias.double() - wide @ shift)
-            _store(weight, (wide * ratio).masked_fill(self.tensors["dead"], 0.0))
+            store(bias, bias.double() - wide @ shift)
+            store(weight, (wide * ratio).masked_fill(self.tensors["dead"], 0.0))
 
 
 @PASSES.register("fold_norm_scale")
@@ -125,7 +118,7 @@ class FoldNormScale(Pass):
         ratio = torch.where(dead, 1.0, ratio)
         shift = torch.where(dead, -beta.double(), shift)
         weights = [_param(qmodel, site) for site in pair.weights]
-        biases = [b or _bias_for(w) for w, b in zip(weights, pair.biases, strict=True)]
+        biases = [b or bias_beside(w) for w, b in zip(weights, pair.biases, strict=True)]
         qmodel.apply_rewrite(
             FoldNormScaleRewrite(
                 {"norm": pair.norm, "weights": weights, "biases": biases},
@@ -181,17 +174,7 @@ def _param(qmodel: QuantModel, site: str) -> str:
     return name
 
 
-def _bias_for(weight: str) -> str:
-    module, _, name = weight.rpartition(".")
-    bias = "in_proj_bias" if name == "in_proj_weight" else "bias"
-    return f"{module}.{bias}" if module else bias
-
-
 def _parameter(module: nn.Module, name: str) -> nn.Parameter:
     found = getattr(module, name)
     assert isinstance(found, nn.Parameter)
     return found
-
-
-def _store(parameter: Tensor, value: Tensor) -> None:
-    parameter.data.copy_(value.to(parameter.dtype))
