@@ -41,7 +41,8 @@ def float_forward_seconds(model: nn.Module, data: Batches, repeats: int = 5) -> 
 
 def count_macs(work: Callable[[], object]) -> int:
     """Multiply-accumulates of a call; it takes up to a few times as long as without counting."""
-    with _Counter() as counter:
+    counter = _Counter()  # type: ignore[no-untyped-call]
+    with counter:
         work()
     return counter.flops // 2
 
@@ -49,7 +50,7 @@ def count_macs(work: Callable[[], object]) -> int:
 class _Counter(TorchDispatchMode):
     """As torch's FlopCounterMode, which also attributes them to modules and takes twice as long."""
 
-    flops = 0
+    flops: int = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         from torch.utils.flop_counter import flop_registry
