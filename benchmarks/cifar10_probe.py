@@ -165,7 +165,7 @@ def row_of(found: ClassifyResult, reference: ClassifyResult, first: Predictions 
     row |= dict(zip(("top1_low", "top1_high"), told["top1_interval"], strict=True))
     paired: tuple[Any, Any, Any] = ("", "", "")
     if first is not None:
-        paired = bootstrap(found.predictions.correct.double() - first.correct.double())
+        paired = bootstrap((found.predictions.correct.double() - first.correct.double())[None])
     return row | dict(zip(("minus_first", "minus_first_low", "minus_first_high"), paired, strict=True))
 
 

@@ -188,6 +188,10 @@ class QuantModel(nn.Module):
 
     # -- size ------------------------------------------------------------------------------------------
 
+    def extra_macs(self) -> int:
+        """Multiply-accumulates that the rewrites add to the inference of one image."""
+        return sum(rewrite.extra_macs() for rewrite in self.rewrites)
+
     def effective_bits(self) -> dict[str, float]:
         """Average bits per weight and per activation value, scales and zero-points counted.
 
