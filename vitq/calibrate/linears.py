@@ -18,7 +18,7 @@ from vitq.core.qmodel import QuantModel
 from vitq.core.roles import WEIGHT
 from vitq.core.site import Site
 from vitq.graph.insert import attach
-from vitq.quantizers.base import Quantizer
+from vitq.quantizers.common import AnyQuantizer
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,4 @@ def watchable(qmodel: QuantModel, sites: list[Site]) -> Iterator[None]:
 
 def as_used(quantizer: Any, x: Tensor) -> Tensor:
     """What the product sees of x, without showing x to an observer."""
-    if isinstance(quantizer, Quantizer) and quantizer.state != "off":
-        return quantizer.decode(quantizer.encode(x)).to(x.dtype)
-    return x
+    return quantizer.quantized(x) if isinstance(quantizer, AnyQuantizer) and quantizer.state != "off" else x
