@@ -20,7 +20,7 @@ from vitq.core.recipe import Recipe, RecipeFn, resolve_recipe
 from vitq.core.site import Graph
 from vitq.graph.insert import attach
 from vitq.graph.trace import trace
-from vitq.quantizers.registry import build_quantizer
+from vitq.quantizers.registry import quantizer_at
 
 
 def quantize(
@@ -117,9 +117,7 @@ def insert(model: nn.Module, graph: Graph, plan: Plan, formats: Mapping[str, For
         formats: instead of the plan's own choice (an artifact stores what the passes made of it).
     """
     chosen = plan.assign(graph).formats if formats is None else formats
-    quantizers = {
-        site: build_quantizer(fmt, graph.sites[site].axes, graph.sites[site].shape) for site, fmt in chosen.items()
-    }
+    quantizers = {site: quantizer_at(graph.sites[site], fmt) for site, fmt in chosen.items()}
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     for site, quantizer in quantizers.items():
         quantizer.to(device)

@@ -20,7 +20,7 @@ from vitq.core.qmodel import QuantModel
 from vitq.core.roles import WEIGHT
 from vitq.core.site import Site
 from vitq.graph.insert import attach
-from vitq.quantizers.base import Quantizer
+from vitq.quantizers.common import AnyQuantizer
 
 
 @dataclass(frozen=True)
@@ -137,4 +137,4 @@ def as_used(quantizer: Any, x: Tensor) -> Tensor:
 
 def quantized(quantizer: Any, x: Tensor) -> Tensor:
     """x on the site's grid, be it switched on or not; x itself at a site that is left float."""
-    return quantizer.decode(quantizer.encode(x)).to(x.dtype) if isinstance(quantizer, Quantizer) else x
+    return quantizer.quantized(x) if isinstance(quantizer, AnyQuantizer) else x

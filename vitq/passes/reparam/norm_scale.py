@@ -109,22 +109,11 @@ class FoldNormScale(Pass):
                 f"{narrowest}: only uniform channel scales can be folded, not {type(first).__name__}"
             )
         scale, zero_point = first.scale.reshape(-1), first.zero_point.reshape(-1)
-        gamma = _parameter(qmodel.model.get_submodule(pair.norm), "weight")
-        beta = _parameter(qmodel.model.get_submodule(pair.norm), "bias")
-        dead = torch.zeros_like(scale, dtype=torch.bool) if self.parity else (gamma == 0).to(scale.device)
+        dead = torch.zeros_like(scale, dtype=torch.bool) if self.parity else constant_channels(qmodel, pair)
         one_scale, one_zero = self._aggregate(scale, zero_point, dead, first.bits)
         ratio = (scale / one_scale).double()
         shift = scale.double() * (zero_point.double() - one_zero.double())
-        ratio = torch.where(dead, 1.0, ratio)
-        shift = torch.where(dead, -beta.double(), shift)
-        weights = [_param(qmodel, site) for site in pair.weights]
-        biases = [b or bias_beside(w) for w, b in zip(weights, pair.biases, strict=True)]
-        qmodel.apply_rewrite(
-            FoldNormScaleRewrite(
-                {"norm": pair.norm, "weights": weights, "biases": biases},
-                {"ratio": ratio.float(), "shift": shift.float(), "dead": dead},
-            )
-        )
+        fold(qmodel, pair, ratio, shift, dead)
         same = [site for site in quantized if qmodel.formats[site] == qmodel.formats[narrowest]]
         for site in same:
             self._merge(qmodel, site, one_scale, one_zero)
@@ -166,6 +155,23 @@ class FoldNormScale(Pass):
         qmodel.formats[site] = Format.of(
             old.kind, old.bits, "tensor", **{k: v for k, v in quantizer.settings().items() if v}
         )
+
+
+def constant_channels(qmodel: QuantModel, pair: NormLinear) -> Tensor:
+    """(C,) bool: channels that the norm makes the same for every input."""
+    return _parameter(qmodel.model.get_submodule(pair.norm), "weight").detach() == 0
+
+
+@torch.no_grad()
+def fold(qmodel: QuantModel, pair: NormLinear, ratio: Tensor, shift: Tensor, dead: Tensor) -> None:
+    """Rewrite a norm and the linears behind it; what is dead becomes zero whatever its ratio and shift."""
+    beta = _parameter(qmodel.model.get_submodule(pair.norm), "bias").double()
+    ratio, shift = torch.where(dead, 1.0, ratio), torch.where(dead, -beta, shift)
+    weights = [_param(qmodel, site) for site in pair.weights]
+    biases = [b or bias_beside(w) for w, b in zip(weights, pair.biases, strict=True)]
+    args = {"norm": pair.norm, "weights": weights, "biases": biases}
+    tensors = {"ratio": ratio.float(), "shift": shift.float(), "dead": dead}
+    qmodel.apply_rewrite(FoldNormScaleRewrite(args, tensors))
 
 
 def _param(qmodel: QuantModel, site: str) -> str:
