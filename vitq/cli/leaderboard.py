@@ -145,8 +145,8 @@ def show(found: Sequence[Standing], asked: Asked, against: str, out: Path, say: 
     data = f"{asked.evaluation}; calibrated on {asked.calib_size} of {asked.calib}"
     say.result(
         f"{first.images} images of {data}, seeds {', '.join(map(str, asked.seeds))}; float {first.top1_float:.2f} %. "
-        f"top-1: mean over the seeds, interval over images and seeds. cost: time of quantizing in forwards of the float "
-        f"model over the calibration images, median of the seeds. Rows: {out}"
+        f"top-1: mean over the seeds, interval over images and seeds. cost: time of quantizing in forwards of the "
+        f"float model over the calibration images, median of the seeds. Rows: {out}"
     )
     if any(any(published_of(row, asked.model).values()) for row in found):
         say.result(

@@ -173,25 +173,25 @@ class Quantizer(AnyQuantizer):
     def encode(self, x: Tensor) -> Tensor:
         """Codes of x, whole numbers, in x's shape. Raises NotFittedError without scales."""
         self._require_fitted()
-        return self.layout.join(self.encode_with(self._split(self._noisy(x)), self.params()))
+        return self.layout.join(self.encode_with(self._split(self._with_noise(x)), self.params()))
 
     def decode(self, code: Tensor) -> Tensor:
         """float32 values of codes, in their shape. Raises NotFittedError without scales."""
         self._require_fitted()
-        return self._plain(self.layout.join(self.decode_with(self._split(code), self.params())))
+        return self._without_noise(self.layout.join(self.decode_with(self._split(code), self.params())))
 
     def quantized(self, x: Tensor) -> Tensor:
         """decode(encode(x)) in x's dtype. Raises NotFittedError without scales."""
         if not torch.compiler.is_compiling():
             self._require_fitted_cheaply()
         with torch.autocast(x.device.type, enabled=False):
-            wide = self._split(self._noisy(x))
-            return self._plain(self.layout.join(self.simulate_with(wide, self.params()))).to(x.dtype)
+            wide = self._split(self._with_noise(x))
+            return self._without_noise(self.layout.join(self.simulate_with(wide, self.params()))).to(x.dtype)
 
-    def _noisy(self, x: Tensor) -> Tensor:
+    def _with_noise(self, x: Tensor) -> Tensor:
         return x if self.noise is None else x.to(torch.float32) + self.noise
 
-    def _plain(self, value: Tensor) -> Tensor:
+    def _without_noise(self, value: Tensor) -> Tensor:
         return value if self.noise is None else value - self.noise
 
     def _split(self, x: Tensor) -> Tensor:
