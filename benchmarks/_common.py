@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from vitq.data.images import ImageSet, open_images
 from vitq.data.source import LoadedModel, load_model
 from vitq.evaluate.classify import ClassifyResult
+from vitq.evaluate.machine import machine
 from vitq.evaluate.metrics import mean_over_seeds
 
 Pair = tuple[float, float]  # ours, reference
@@ -194,15 +195,8 @@ def use_all_cores() -> int:
 @cache
 def provenance() -> dict[str, object]:
     """Code and machine of this run, as at its first call."""
-    cores = use_all_cores()
-    return {
-        "commit": commit(),
-        "cpu": cpu_model(),
-        "cores": cores,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "load_before": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else "",
-    }
+    use_all_cores()
+    return {"commit": commit()} | machine()
 
 
 def commit() -> str:
@@ -213,18 +207,6 @@ def commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return head + ("+dirty" if changed else "")
-
-
-def cpu_model() -> str:
-    """The processor's own name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    import platform
-
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _git(*words: str) -> str:

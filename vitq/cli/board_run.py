@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,6 @@ from vitq.core.batches import Batches
 from vitq.core.errors import DataError, InputError, VitqError
 from vitq.core.version import __version__
 from vitq.data.images import Batch, ImageSet, open_images
-from vitq.data.source import LoadedModel
 from vitq.evaluate import fingerprint
 from vitq.evaluate.classify import evaluate_classifier
 from vitq.evaluate.leaderboard import (
@@ -58,6 +58,7 @@ class Asked:
     """What a run was asked for, beside the rows."""
 
     model: str
+    checkpoint: Path | None
     calib: str
     calib_size: int
     evaluation: str
@@ -72,18 +73,21 @@ class Run:
     """One call of the command: a model, images, and the file with the rows.
 
     Raises:
+        InputError: a model that cannot be loaded.
         DataError: too few images, unreadable ones, no labels, or none that was not calibrated on.
     """
 
-    def __init__(self, asked: Asked, loaded: LoadedModel, device: torch.device, board: Board, say: Say) -> None:
-        self.asked, self.loaded, self.board, self.device, self.say = asked, loaded, board, device, say
-        self.preprocess = work.need_preprocess(loaded.preprocess, asked.model)
+    def __init__(self, asked: Asked, device: torch.device, board: Board, say: Say) -> None:
+        self.asked, self.board, self.device, self.say = asked, board, device, say
         if asked.calib_size < 1:
             raise InputError(f"--calib-size {asked.calib_size}: at least one image is needed")
         pool = open_images(asked.calib, labels="none")
         self.samples = {seed: pool.sample(asked.calib_size, seed) for seed in asked.seeds}
         for sample in self.samples.values():
             sample.check()
+        open_images(asked.evaluation)  # is it there? Before a model is fetched
+        self.loaded = loaded = work.open_model(asked.model, asked.checkpoint, device, say)
+        self.preprocess = work.need_preprocess(loaded.preprocess, asked.model)
         self.calibrated = {seed: sample.digests() for seed, sample in self.samples.items()}
         self.evaluation, digests = self._unseen()
         prepared = self.preprocess.to_dict()
@@ -168,8 +172,7 @@ class Run:
             return f"again: {' and '.join(PARTS[name] for name in other)} changed"
         if self.board.correct(key) is None:
             return "again: which images it got right is not known"
-        counts = self.asked.count_macs and entry is not None and entry.seed == self.asked.seeds[0]
-        return COUNT if counts and not old["macs"] else ""
+        return COUNT if self._counts(entry) and not old["macs"] else ""
 
     def todo(self, entries: Sequence[Entry]) -> list[Todo]:
         """Every row that is not there, the float model's first."""
@@ -210,17 +213,25 @@ class Run:
             data = self.calibration(entry.seed)
             with self.say.counted("evaluating", len(self.evaluation)) as tell:
                 cells, correct = measure(entry, self.ground, data, reference, self.say, tell)
-            if self.asked.count_macs and entry.seed == self.asked.seeds[0]:
-                cells["macs"] = macs_in_forwards(entry, self.ground, data, self.say)
         except Exception as error:  # whatever a recipe does to a model: the other rows are not to blame
             self.say.note(f"{entry} failed: {reason_of(error)}")
             self._add(entry, {"status": FAILED, "reason": reason_of(error)}, None)
         else:
             self._add(entry, cells, correct)
+            if self._counts(entry):
+                self._count(entry)
+
+    def _counts(self, entry: Entry | None) -> bool:
+        """Whether multiply-accumulates shall be counted: once for all seeds."""
+        return self.asked.count_macs and entry is not None and entry.seed == self.asked.seeds[0]
 
     def _count(self, entry: Entry) -> None:
-        macs = macs_in_forwards(entry, self.ground, self.calibration(entry.seed), self.say)
-        self.board.change(self.key(entry), macs=macs)
+        try:
+            macs = macs_in_forwards(entry, self.ground, self.calibration(entry.seed), self.say)
+        except Exception as error:  # what runs may not run where it is watched
+            self.say.note(f"{entry} could not be counted: {reason_of(error)}")
+        else:
+            self.board.change(self.key(entry), macs=macs)
 
     def _add(self, entry: Entry | None, cells: dict[str, Any], correct: Tensor | None) -> None:
         rows = [] if entry is None or entry.options else beside(entry.name, self.asked.model, entry.bits)

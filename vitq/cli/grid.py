@@ -34,7 +34,7 @@ def seeds_of(text: str) -> list[int]:
         InputError: something that is no seed.
     """
     parts = listed(text, "--seeds")
-    if wrong := [part for part in parts if not part.isascii() or not part.isdigit()]:
+    if wrong := [part for part in parts if not (part.isascii() and part.isdigit() and int(part) < 2**63)]:
         raise InputError(f"--seeds {text!r}: {wrong[0]!r} is not a seed; write for example 0,1,2")
     return list(dict.fromkeys(int(part) for part in parts))
 

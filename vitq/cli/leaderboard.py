@@ -28,14 +28,14 @@ Examples:
 
     vitq leaderboard deit_tiny_patch16_224 --checkpoint deit_tiny.safetensors --calib photos/ --eval val/
 
-    vitq leaderboard deit_small_patch16_224 --calib photos/ --eval val/ --bits w4a4,w3a3 --recipes repq_vit,dopq_vit
-        --modifiers gptq,gptq+qwt --against repq_vit
+    vitq leaderboard swin_tiny_patch4_window7_224 --calib photos/ --eval val/ --modifiers gptq,qwt --against repq_vit
 
     vitq leaderboard deit_small_patch16_224 --calib photos/ --eval val/ --dry-run
 
 Every row is written as soon as it is measured. A second call measures only what is missing, what failed, and what was
-measured with other weights, images, options, code or torch, and says so. Beside the CSV file stand an .npz file, which
-holds what each row got right image by image, so that rows can be paired, and the plot of accuracy against cost.
+measured with other weights, images, options, code or torch, and says so; --keep keeps rows of other code and torch.
+Beside the CSV file stand an .npz file, which holds what each row got right image by image, so that rows can be paired,
+and the plot of accuracy against cost.
 
 Calibration images are drawn by each seed; those of any seed are left out of the evaluation. Ends with exit code 1 if a
 row failed; the reason is in the row.
@@ -93,10 +93,9 @@ def leaderboard_command(
     for note in notes:
         say.note(note)
     board = Board(out, KEY)
-    where = work.choose_device(device)
-    loaded = work.open_model(model, checkpoint, where, say)
     asked = Asked(
         model=model,
+        checkpoint=checkpoint,
         calib=str(places["--calib"]),
         calib_size=calib_size,
         evaluation=str(places["--eval"]),
@@ -106,7 +105,7 @@ def leaderboard_command(
         keep=keep,
         count_macs=count_macs,
     )
-    run = Run(asked, loaded, where, board, say)
+    run = Run(asked, work.choose_device(device), board, say)
     todo = run.todo(entries)
     if dry_run:
         waiting = {run.key(entry): why for entry, why in todo}
@@ -141,7 +140,8 @@ def show(found: Sequence[Standing], asked: Asked, against: str, out: Path, say: 
     for bits in dict.fromkeys(row.bits for row in found):
         shown = [shown_row(row, asked.model, against) for row in found if row.bits == bits and row.top1 is not None]
         filled = [name for name in (shown[0] if shown else ()) if any(row[name] for row in shown)]
-        say.table([{name: row[name] for name in filled} for row in shown], title=f"{asked.model} {bits}, simulated")
+        if filled:
+            say.table([{name: row[name] for name in filled} for row in shown], title=f"{asked.model} {bits}, simulated")
     data = f"{asked.evaluation}; calibrated on {asked.calib_size} of {asked.calib}"
     say.result(
         f"{first.images} images of {data}, seeds {', '.join(map(str, asked.seeds))}; float {first.top1_float:.2f} %. "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -175,13 +177,15 @@ def test_the_moments_give_the_regression_of_all_rows() -> None:
     assert sums.rest_spread() == pytest.approx(float(r.double().square().sum()))
 
 
-def test_a_map_is_counted_in_size_and_work() -> None:
+def test_a_map_is_counted_in_size_and_work(tmp_path: Path) -> None:
     images = seeded_images(16)
     plain, helped = (vitq.quantize(build_zoo("seeded_vit"), r, "w3a3", images) for r in ("repq_vit", "repq_vit+qwt"))
     log = helped.log["compensate_blocks"]
     width, tokens = 64, 17
     assert plain.extra_macs() == 0
     assert helped.extra_macs() == log["blocks"] * tokens * width**2
+    vitq.save(helped, tmp_path / "out")
+    assert vitq.load(tmp_path / "out", model=build_zoo("seeded_vit")).extra_macs() == helped.extra_macs()
     parameters = sum(p.numel() for p in plain.model.parameters())
     extra = 16 * log["blocks"] * (width**2 + width) / parameters
     assert helped.effective_bits()["model"] == pytest.approx(plain.effective_bits()["model"] + extra, abs=0.01)
