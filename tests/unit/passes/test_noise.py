@@ -77,7 +77,7 @@ def test_a_frozen_model_computes_the_inference_form() -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     qmodel = choose(x, model)
     # Whether noise helps depends on the draw; here every linear has some. One norm, one noise.
-    drawn = {"a": torch.rand(16).half().float() / 4, "last": torch.rand(16).half().float() / 4}
+    drawn = {"a": torch.rand(16).half().float() / 4, "last": torch.rand(24).half().float() / 4}
     found = {f"{name}:linear0.input": drawn["a" if name == "b" else name] for name in ("a", "b", "last")}
     for site, noise in found.items():
         quantizer(qmodel, site).noise = noise
