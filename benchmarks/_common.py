@@ -15,13 +15,13 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from vitq.data.images import ImageSet, open_images
 from vitq.data.source import LoadedModel, load_model
 from vitq.evaluate.classify import ClassifyResult
+from vitq.evaluate.metrics import mean_over_seeds
 
 Pair = tuple[float, float]  # ours, reference
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,6 +64,15 @@ class Shared:
     def calibration(self, seed: int) -> ImageSet:
         """The images that official code was calibrated on with this seed, in its order."""
         return open_images(self.peers / f"calibration_seed{seed}.txt", root=self.sample)
+
+    def photos(self, count: int, loaded: LoadedModel) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """(calibration photos, as many others, where all that comes from) for errors on what was not looked at."""
+        calibration = self.calibration(0).subset(range(count)).tensor(loaded.preprocess)
+        split = open_images(self.sample / "ablate", num_classes=loaded.num_classes)
+        others = split.subset(range(0, len(split), len(split) // count)).tensor(loaded.preprocess)
+        where = {"kind": "simulated", "calibration": f"{count} of calibration_seed0.txt", "seed": 0}
+        where |= {"evaluation": f"{len(others)} of imagenet_sample/ablate"} | self.weights() | provenance()
+        return calibration, others, where
 
     def weights(self) -> dict[str, str]:
         """Which weights, for a results row."""
@@ -131,17 +140,10 @@ def top(found: ClassifyResult) -> dict[str, Any]:
     return {"top1": json["top1"], "top1_low": low, "top1_high": high, "top5": json["top5"]}
 
 
-def over_seeds(values: list[Tensor]) -> Tensor:
-    """Per image, the mean over the seeds."""
-    return torch.stack([each.double() for each in values]).mean(dim=0)
-
-
 def bootstrap(values: Tensor) -> tuple[float, float, float]:
-    """Mean and 95 % percentile interval over resampled images, in percent."""
-    counts = np.random.default_rng(0).multinomial(len(values), np.full(len(values), 1 / len(values)), size=10_000)
-    means = counts @ values.numpy() / len(values)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return round(100 * float(values.mean()), 4), round(100 * float(low), 4), round(100 * float(high), 4)
+    """Mean of (seeds, images) and its 95 % interval over resampled images, for these very seeds, in percent."""
+    mean, low, high = mean_over_seeds(values, draw_seeds=False)
+    return round(mean, 4), round(low, 4), round(high, 4)
 
 
 def fresh(words: list[str]) -> str:

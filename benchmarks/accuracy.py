@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import IMAGES, MODEL, SPLITS, Shared, Steps, bootstrap, over_seeds, parser, provenance, results_folder, top
+from _common import IMAGES, MODEL, SPLITS, Shared, Steps, bootstrap, parser, provenance, results_folder, top
 from torch import Tensor
 
 import vitq
@@ -194,15 +194,19 @@ class Bench:
     def pool(self, rows: list[dict[str, Any]], scores: dict[tuple[int, str], Scores]) -> dict[str, Any]:
         """The row over all seeds and splits; an image counts once, with its mean over the seeds."""
         right = {where: found.result.predictions.correct for where, found in scores.items()}
-        correct = torch.cat([over_seeds([right[s, p] for s in self.seeds]) for p in self.splits])
+        correct = self.stacked(right)
         top1, low, high = bootstrap(correct)
         total = sum(row["images"] for row in rows)
-        row = rows[0] | self.pooled | {"images": len(correct), "top1": top1, "top1_low": low, "top1_high": high}
+        row = rows[0] | self.pooled | {"images": correct.shape[1], "top1": top1, "top1_low": low, "top1_high": high}
         for key in ("top5", "top1_float", "agreement", "logit_kl"):
             row[key] = round(sum(r["images"] * r[key] for r in rows) / total, 4)
         row |= {"recovery": round(top1 / row["top1_float"], 4), "bytes": max(r["bytes"] for r in rows)}
         row["seconds"] = statistics.median(r["seconds"] for r in rows)
-        return row | self.record(self.pooled, len(correct))
+        return row | self.record(self.pooled, correct.shape[1])
+
+    def stacked(self, values: Mapping[tuple[int, str], Tensor]) -> Tensor:
+        """(seeds, images of all splits)."""
+        return torch.stack([torch.cat([values[s, p].double() for p in self.splits]) for s in self.seeds])
 
     def pair_with_official(self, recipe: str, bits: str, scores: dict[tuple[int, str], Scores]) -> None:
         """Ours minus official code, if its predictions are stored."""
@@ -233,21 +237,18 @@ class Bench:
                 raise VitqError(f"{peer} {bits} seed {seed} lacks {both.left_out[0]} images of {split}")
             ours, others = ((each == both.labels).double() for each in both.predicted)
             differences[seed, split] = ours - others
-            rows.append(self.paired_row(recipe, bits, ours - others, None, seed=seed, split=split, peer=peer))
-        images = torch.cat([over_seeds([differences[s, p] for s in self.seeds]) for p in self.splits])
-        rows.append(self.paired_row(recipe, bits, images, limit, **self.pooled, peer=peer))
+            rows.append(self.paired_row(recipe, bits, (ours - others)[None], None, seed=seed, split=split, peer=peer))
+        rows.append(self.paired_row(recipe, bits, self.stacked(differences), limit, **self.pooled, peer=peer))
         append_rows(self.out / "paired.csv", rows, PAIRED_KEY)
         told = "{mean:+.2f} [{low:+.2f}, {high:+.2f}]".format_map(rows[-1])
         told += "" if limit is None else ", must stay above {limit}: {met}".format_map(rows[-1])
         self.steps.say(f"{recipe} {bits} minus {peer}: {told}")
 
     def paired_row(self, recipe: str, bits: str, values: Tensor, limit: float | None, **where: Any) -> dict[str, Any]:
-        mean, low, high = bootstrap(values)
+        (mean, low, high), count = bootstrap(values), values.shape[1]
         met = "" if limit is None else "yes" if low > limit else "no"
-        row = {"model": MODEL, "recipe": recipe, "bits": bits, **where, "images": len(values)}
-        return (
-            row | {"mean": mean, "low": low, "high": high, "limit": limit, "met": met} | self.record(where, len(values))
-        )
+        row = {"model": MODEL, "recipe": recipe, "bits": bits, **where, "images": count}
+        return row | {"mean": mean, "low": low, "high": high, "limit": limit, "met": met} | self.record(where, count)
 
 
 def main() -> int:

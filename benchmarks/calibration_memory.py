@@ -1,6 +1,7 @@
 """Peak memory of quantizing with 32, 1,000 and 10,000 calibration images, which are streamed: it has to stay flat.
 
 Each run is a process of its own on the embedded `seeded_vit`. What is written to results/calibration_memory.csv:
+    budget_mb     what block inputs may take in memory; beyond it they go to disk
     peak_mb       largest resident memory of the process
     before_mb     the same before quantizing, after one float forward of 32 images
     grown_mb      how much of the peak came with quantizing
@@ -23,7 +24,7 @@ from torch import Tensor
 from vitq.core.batches import MICRO_BATCH, sizes_of
 from vitq.report.table import append_rows
 
-KEY = ("model", "recipe", "bits", "images")
+KEY = ("model", "recipe", "bits", "images", "budget_mb")
 MODEL = "seeded_vit"
 IMAGES = (32, 1000, 10_000)
 QUICK = (32, 100)
@@ -46,12 +47,14 @@ class Stream:
             yield (rows[..., :, None] + columns[..., None, :]).tanh()
 
 
-def measure(recipe: str, count: int) -> dict[str, Any]:
+def measure(recipe: str, count: int, budget: int | None) -> dict[str, Any]:
     """One run, in this process."""
     import vitq
+    from vitq.calibrate import store
     from vitq.data.zoo import build_zoo
 
     torch.set_num_threads(1)
+    store.BUDGET = store.BUDGET if budget is None else budget * 2**20
     model, stream = build_zoo(MODEL), Stream(count)
     with torch.no_grad():
         model(next(iter(stream)))
@@ -63,6 +66,7 @@ def measure(recipe: str, count: int) -> dict[str, Any]:
         "recipe": recipe,
         "bits": "w4a4",
         "images": count,
+        "budget_mb": store.BUDGET // 2**20,
         "peak_mb": f"{peak:.1f}",
         "before_mb": f"{before:.1f}",
         "grown_mb": f"{peak - before:.1f}",
@@ -76,16 +80,20 @@ def main() -> int:
     options = parser(__doc__, "example: python benchmarks/calibration_memory.py --recipes repq_vit", shared=False)
     options.add_argument("--images", type=int, nargs="+", help="numbers of images (default: 32 1000 10000)")
     options.add_argument("--recipes", nargs="+", default=RECIPES)
+    options.add_argument(
+        "--budget-mb", type=int, help="kept of activations in memory before disk (default: vitq's own)"
+    )
     options.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     args = options.parse_args()
     counts = args.images or (QUICK if args.quick else IMAGES)
     if args.one:
-        print(json.dumps(measure(args.recipes[0], counts[0])))
+        print(json.dumps(measure(args.recipes[0], counts[0], args.budget_mb)))
         return 0
     file, steps = results_folder(args) / "calibration_memory.csv", Steps(len(counts) * len(args.recipes))
+    budget = [] if args.budget_mb is None else ["--budget-mb", str(args.budget_mb)]
     for recipe in args.recipes:
         for count in counts:
-            row = json.loads(fresh([__file__, "--one", "--recipes", recipe, "--images", str(count)]))
+            row = json.loads(fresh([__file__, "--one", "--recipes", recipe, "--images", str(count), *budget]))
             append_rows(file, [row | provenance()], KEY)
             steps.step(f"{recipe} {count} images: {row['peak_mb']} MB, of which {row['grown_mb']} grown")
     return 0

@@ -116,9 +116,9 @@ class Probe:
         made: nn.Module = model.eval().requires_grad_(False)
         return made
 
-    @cached_property
-    def test(self) -> list[Batch]:
-        return list(self._batches(self.images("test", self.test_images)))
+    def test(self) -> Iterator[Batch]:
+        """The test images, decoded again each time: kept, 10,000 of them would take 6 GB."""
+        return self._batches(self.images("test", self.test_images))
 
     def calibration(self, seed: int) -> Tensor:
         """Training images drawn by the seed."""
@@ -165,7 +165,7 @@ def row_of(found: ClassifyResult, reference: ClassifyResult, first: Predictions 
     row |= dict(zip(("top1_low", "top1_high"), told["top1_interval"], strict=True))
     paired: tuple[Any, Any, Any] = ("", "", "")
     if first is not None:
-        paired = bootstrap(found.predictions.correct.double() - first.correct.double())
+        paired = bootstrap((found.predictions.correct.double() - first.correct.double())[None])
     return row | dict(zip(("minus_first", "minus_first_low", "minus_first_high"), paired, strict=True))
 
 
@@ -204,7 +204,7 @@ def main() -> int:
     try:
         model = probe.model()
         known = read_results(file) if file.exists() and not str(origin["commit"]).endswith("+dirty") else []
-        reference = evaluate_classifier(model, probe.test)
+        reference = evaluate_classifier(model, probe.test())
         steps.step(f"float: top-1 {reference.top1:.2f} % of {reference.images}")
         for bits in args.bits:
             for seed in args.seeds:
@@ -218,7 +218,7 @@ def main() -> int:
                         continue
                     images = probe.calibration(seed)
                     qmodel = vitq.quantize(model, recipe, bits, images, options=options_of(args.options), seed=seed)
-                    found = evaluate_classifier(qmodel, probe.test)
+                    found = evaluate_classifier(qmodel, probe.test())
                     row |= row_of(found, reference, first) | {"options": " ".join(args.options)}
                     first = found.predictions if first is None else first
                     append_rows(file, [row | {"calibration": f"{IMAGES} training images"} | origin], KEY)

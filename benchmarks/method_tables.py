@@ -1,4 +1,4 @@
-"""Tables of the pages in docs/methods, from results/*.csv; readme.py puts them there."""
+"""Tables that single pages in docs/methods have beside those of all, from results/*.csv; readme.py puts them there."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def cifar10(folder: Path) -> str | None:
 
 
 PAGES: dict[str, dict[str, Callable[[Path], str | None]]] = {
-    "docs/methods/dopq_vit.md": {
+    "dopq_vit.md": {
         "softmax_formats": softmax_formats,
         "dopq_accuracy": dopq_accuracy,
         "cifar10_probe": cifar10,

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from _common import MODEL, Shared, Steps, parser, provenance, results_folder
 from torch import Tensor, nn
 
-from vitq.passes.noise import Judge, NoisyBiasRewrite
+from vitq.passes.noise import AddNoiseRewrite, Judge
 from vitq.quantizers.uniform import UniformQuantizer
 from vitq.report.table import append_rows
 
@@ -103,7 +103,7 @@ def frozen(linear: nn.Linear, quantizer: UniformQuantizer, vector: Tensor, x: Te
     assert isinstance(made, nn.Linear)
     made.load_state_dict({"weight": linear.weight, "bias": linear.bias})
     shift = -(linear.weight.double() @ vector.double()).float()
-    rewrite = NoisyBiasRewrite({"norm": None, "modules": ["linear"]}, {"noise": vector, "0": shift})
+    rewrite = AddNoiseRewrite({"norm": None, "modules": ["linear"]}, {"noise": vector, "0": shift})
     rewrite.prepare(holder)
     rewrite.apply(holder)
     return F.linear(quantizer(made.get_submodule("noise")(x)), made.weight, made.bias)

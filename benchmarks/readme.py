@@ -1,6 +1,6 @@
-"""Writes the tables of README.md and of the pages in docs/methods from results/*.csv.
+"""Writes the tables of README.md from results/*.csv, and the pages of docs/methods also from docstrings.
 
-A section whose CSV file is missing is left as it is.
+A section whose CSV file is missing is left as it is. A recipe or modifier without a page gets one.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from method_tables import PAGES
+from method_pages import INDEX, pages, skeleton
 
 from vitq.core.errors import VitqError
 from vitq.core.files import write_text
@@ -138,7 +138,9 @@ SECTIONS: dict[str, Callable[[Path], str | None]] = {"accuracy": accuracy, "spee
 
 def filled(page: Path, sections: dict[str, Callable[[Path], str | None]], results: Path, check: bool) -> bool:
     """Put the tables of a page into it, unless it is only checked; whether they were others before."""
-    before = text = page.read_text(encoding="utf-8")
+    new = not page.exists() and page.name != INDEX
+    before = "" if new else page.read_text(encoding="utf-8")
+    text = skeleton(page.stem) if new else before
     for section, make in sections.items():
         body = make(results)
         if body is None:
@@ -157,13 +159,15 @@ def main() -> int:
     )
     parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder of the CSV files")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="the file to change")
+    text = "folder of the pages, one for every recipe and modifier"
+    parser.add_argument("--methods", type=Path, default=ROOT / "docs" / "methods", help=text)
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if it is not up to date")
     args = parser.parse_args()
-    pages = {args.readme: SECTIONS}
+    wanted = {args.readme: SECTIONS}
     if args.readme == ROOT / "README.md":  # a copy of the README is for numbers that are not for the pages
-        pages |= {ROOT / page: sections for page, sections in PAGES.items()}
+        wanted |= pages(args.methods)
     try:
-        stale = [page for page, sections in pages.items() if filled(page, sections, args.results, args.check)]
+        stale = [page for page, sections in wanted.items() if filled(page, sections, args.results, args.check)]
         if args.check and stale:
             names = ", ".join(page.name for page in stale)
             print(f"{names} is not what the results say; run benchmarks/readme.py", file=sys.stderr)

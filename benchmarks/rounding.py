@@ -12,14 +12,13 @@ import sys
 from typing import Any
 
 import torch
-from _common import MODEL, Shared, Steps, parser, provenance, results_folder
+from _common import MODEL, Shared, Steps, parser, results_folder
 from torch import Tensor
 
 import vitq
 from vitq.calibrate.linears import Linear, as_used, linears
 from vitq.calibrate.moments import Moments
 from vitq.core.qmodel import QuantModel
-from vitq.data.images import open_images
 from vitq.passes.round.columns import choose
 from vitq.quantizers.base import Quantizer
 from vitq.report.table import append_rows
@@ -56,12 +55,8 @@ def main() -> int:
     shared = Shared(args.shared)
     if shared.missing:
         options.error(f"nothing can be measured: {shared.missing}")
-    out, loaded, count = results_folder(args), shared.model(), 2 if args.quick else 32
-    calibration = shared.calibration(0).subset(range(count)).tensor(loaded.preprocess)
-    split = open_images(shared.sample / "ablate", num_classes=loaded.num_classes)
-    others = split.subset(range(0, len(split), len(split) // count)).tensor(loaded.preprocess)
-    where = {"kind": "simulated", "calibration": f"{count} of calibration_seed0.txt", "seed": 0}
-    where |= {"evaluation": f"{len(others)} of imagenet_sample/ablate"} | shared.weights() | provenance()
+    out, loaded = results_folder(args), shared.model()
+    calibration, others, where = shared.photos(2 if args.quick else 32, loaded)
     qmodel = vitq.quantize(loaded.model, "repq_vit", BITS, calibration, freeze=False)
     seen, unseen = moments(qmodel, calibration), moments(qmodel, others)
     steps, rows = Steps(len(seen)), list[dict[str, Any]]()

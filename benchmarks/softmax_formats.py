@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import MODEL, ROOT, Shared, Steps, parser, provenance, results_folder
+from _common import MODEL, ROOT, Shared, Steps, parser, results_folder
 from torch import Tensor
 
 import vitq
@@ -28,7 +28,6 @@ from vitq.core import roles
 from vitq.core.format import Format
 from vitq.core.qmodel import QuantModel
 from vitq.core.recipe import PassSpec, Recipe, Rule
-from vitq.data.images import open_images
 from vitq.quantizers.base import Quantizer
 from vitq.report.table import append_rows
 
@@ -113,12 +112,7 @@ def main() -> int:
     if importlib.util.find_spec("matplotlib") is None:
         args_parser.error("the plot needs matplotlib; install it with vitq's extra `report`")
     out = results_folder(args)
-    loaded, count = shared.model(), 4 if args.quick else 32
-    calibration = shared.calibration(0).subset(range(count)).tensor(loaded.preprocess)
-    split = open_images(shared.sample / "ablate", num_classes=loaded.num_classes)
-    evaluation = split.subset(range(0, len(split), len(split) // count)).tensor(loaded.preprocess)
-    where = {"kind": "simulated", "calibration": f"{count} of calibration_seed0.txt", "seed": 0}
-    where |= {"evaluation": f"{len(evaluation)} of imagenet_sample/ablate"} | shared.weights() | provenance()
+    calibration, evaluation, where = shared.photos(4 if args.quick else 32, shared.model())
     steps = Steps(len(KINDS) * len(WIDTHS))
     rows: list[dict[str, Any]] = []
     levels: dict[str, Tensor] = {}

@@ -8,7 +8,7 @@ validation images are taken out of the training set first; the 2,000 test images
 set, and are looked at once, at the end.
 
 A small convolutional network is trained first, and the transformers learn from its probabilities as well as from the
-labels, as DeiT does (Touvron et al. 2021, section 4): with so few epochs they reach more that way.
+labels, as DeiT does (Touvron et al. 2021, section 4).
 """
 
 from __future__ import annotations

@@ -8,10 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
-from vitq.core.batches import Batches, ForwardFn, default_forward, describe_example, moved
+from vitq.core.batches import Batches, ForwardFn, default_forward, describe_example, first_of, moved
 from vitq.core.errors import DataError, InputError
 from vitq.core.format import Bits, Format, Scalar
 from vitq.core.plan import Override, Plan, parse_overrides
@@ -21,7 +20,7 @@ from vitq.core.recipe import Recipe, RecipeFn, resolve_recipe
 from vitq.core.site import Graph
 from vitq.graph.insert import attach
 from vitq.graph.trace import trace
-from vitq.quantizers.registry import build_quantizer
+from vitq.quantizers.registry import quantizer_at
 
 
 def quantize(
@@ -118,9 +117,7 @@ def insert(model: nn.Module, graph: Graph, plan: Plan, formats: Mapping[str, For
         formats: instead of the plan's own choice (an artifact stores what the passes made of it).
     """
     chosen = plan.assign(graph).formats if formats is None else formats
-    quantizers = {
-        site: build_quantizer(fmt, graph.sites[site].axes, graph.sites[site].shape) for site, fmt in chosen.items()
-    }
+    quantizers = {site: quantizer_at(graph.sites[site], fmt) for site, fmt in chosen.items()}
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     for site, quantizer in quantizers.items():
         quantizer.to(device)
@@ -155,7 +152,7 @@ def first_example(data: Batches | None, example: Any) -> Any:
         return example
     if data is None:
         raise DataError("nothing to trace with: give calibration images as data=, or one input as example=")
-    return pytree.tree_map(lambda t: t[:1] if isinstance(t, Tensor) and t.ndim else t, next(iter(data)))
+    return first_of(next(iter(data)))
 
 
 def device_of(model: nn.Module) -> torch.device | None:

@@ -26,7 +26,7 @@ from vitq.graph import integer
 
 BITS = ("w8a8", "w6a6", "w4a4", "w3a3", "w4a16")
 SECONDS = 20.0  # "in seconds", with room for a busy machine
-COMPOSED = [*(f"repq_vit+{name}" for name in MODIFIERS), "minmax+gptq+bias_correction", "repq_vit+qwt+gptq"]
+COMPOSED = [*(f"repq_vit+{name}" for name in MODIFIERS), "minmax+gptq+bias_correction", "repq_vit+qwt+gptq", "erq+qwt"]
 
 each_modifier = pytest.mark.parametrize("name", list(MODIFIERS))
 each_composition = pytest.mark.parametrize("spec", COMPOSED)

@@ -22,6 +22,7 @@ from vitq.data.source import build_model
 from vitq.graph.trace import trace
 from vitq.pipeline import insert
 from vitq.quantizers.base import Quantizer
+from vitq.quantizers.common import AnyQuantizer
 from vitq.quantizers.packing import unpack
 
 REASON = 500  # characters of another library's message that are told
@@ -100,7 +101,7 @@ def _assemble(
     _check_state(model, state, config, names, set(stored.values()))
     for site in qmodel.sites():
         quantizer = qmodel.quantizers[site]
-        assert isinstance(quantizer, Quantizer)
+        assert isinstance(quantizer, AnyQuantizer)
         quantizer.set_params({f: parts.take(f"site/{stored[site.id]}/{f}").float() for f in quantizer.fields})
         quantizer.state = "on"
     if keep_float:
@@ -248,6 +249,7 @@ def _decoded(
             f"model"
         )
     codes = unpack(parts.take(f"codes/{stored}"), entry.bits, weight.numel()).reshape(weight.shape)
+    assert isinstance(quantizer, Quantizer)
     return quantizer.decode(codes.to(weight.device)).to(weight.dtype)
 
 

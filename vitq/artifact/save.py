@@ -20,6 +20,7 @@ from vitq.core.files import NAME_PART, write_folder
 from vitq.core.qmodel import QuantModel
 from vitq.core.roles import WEIGHT
 from vitq.quantizers.base import Quantizer
+from vitq.quantizers.common import AnyQuantizer
 from vitq.quantizers.packing import pack
 
 PACKABLE_BITS = 8
@@ -104,11 +105,12 @@ def _tensors(qmodel: QuantModel) -> tuple[dict[str, Tensor], dict[str, schema.Pa
     coded: set[int] = set()
     for site in qmodel.sites():
         quantizer = qmodel.quantizers[site]
-        assert isinstance(quantizer, Quantizer)
+        assert isinstance(quantizer, AnyQuantizer)
         for field, value in quantizer.params().items():
             tensors[f"site/{site.id}/{field}"] = _smallest(value.detach().cpu())
         weight = qmodel.weight(site)
         if site.role == WEIGHT and weight is not None and quantizer.bits <= PACKABLE_BITS:
+            assert isinstance(quantizer, Quantizer)
             codes = quantizer.encode(weight.detach())
             tensors[f"codes/{site.id}"] = pack(codes, quantizer.bits)
             if not torch.equal(quantizer.decode(codes).to(weight.dtype), weight):

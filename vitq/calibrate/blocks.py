@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from vitq.calibrate.store import Store
-from vitq.core.batches import Batches
+from vitq.core.batches import Batches, first_of
 from vitq.core.qmodel import QuantModel
 
 
@@ -95,7 +95,7 @@ def _chained(qmodel: QuantModel, data: Batches, names: list[str]) -> list[bool]:
 
         handles.append(qmodel.model.get_submodule(name).register_forward_hook(note, with_kwargs=True))
     try:
-        data.forward(qmodel.model, _one(next(iter(data))))
+        data.forward(qmodel.model, first_of(next(iter(data))))
     finally:
         for handle in handles:
             handle.remove()
@@ -115,10 +115,6 @@ def _identical(a: Any, b: Any) -> bool:
     return len(left) == len(right) and all(
         x is y or (not isinstance(x, Tensor) and x == y) for x, y in zip(left, right, strict=True)
     )
-
-
-def _one(batch: Any) -> Any:
-    return pytree.tree_map(lambda t: t[:1] if isinstance(t, Tensor) and t.ndim else t, batch)
 
 
 def _plain(item: Any) -> Any:

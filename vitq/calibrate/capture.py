@@ -137,6 +137,7 @@ class _Stages:
                     self.images = images
                     with suppress(Stop):
                         run(item)
+                give_back()
             if self.reached is None or self.watcher is None:
                 return
             self.watcher.finish()

@@ -5,6 +5,7 @@ Shapes:  x what the call takes    rows (n, in): one per token or patch    weight
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitq.core.batches import Batches, first_of
 from vitq.core.qmodel import QuantModel
 from vitq.core.roles import WEIGHT
 from vitq.core.site import Site
 from vitq.graph.insert import attach
-from vitq.quantizers.base import Quantizer
+from vitq.quantizers.common import AnyQuantizer
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,23 @@ def linears(qmodel: QuantModel) -> list[Linear]:
     return list(found.values())
 
 
+@torch.no_grad()
+def used_once(qmodel: QuantModel, data: Batches, found: list[Linear]) -> list[Linear]:
+    """Those whose weight serves one call in a forward, so that what its inputs ask for holds for all it does."""
+    calls = Counter(site for call in qmodel.graph.calls for site in set(call.sites))
+    seen = Counter[str]()
+    sites = [linear.input for linear in found]
+    with watchable(qmodel, sites):
+        for site in sites:
+            qmodel.quantizers[site].observer = lambda quantizer, x, name=site.id: seen.update([name])
+        try:
+            data.forward(qmodel.model, first_of(next(iter(data))))
+        finally:
+            for site in sites:
+                qmodel.quantizers[site].observer = None
+    return [linear for linear in found if calls[linear.weight.id] == seen[linear.input.id] == 1]
+
+
 def _plain(module: nn.Module) -> bool:
     """A convolution that multiplies patches with one matrix."""
     return (
@@ -113,6 +132,9 @@ def watchable(qmodel: QuantModel, sites: list[Site]) -> Iterator[None]:
 
 def as_used(quantizer: Any, x: Tensor) -> Tensor:
     """What the product sees of x, without showing x to an observer."""
-    if isinstance(quantizer, Quantizer) and quantizer.state != "off":
-        return quantizer.decode(quantizer.encode(x)).to(x.dtype)
-    return x
+    return x if quantizer.state == "off" else quantized(quantizer, x)
+
+
+def quantized(quantizer: Any, x: Tensor) -> Tensor:
+    """x on the site's grid, be it switched on or not; x itself at a site that is left float."""
+    return quantizer.quantized(x) if isinstance(quantizer, AnyQuantizer) else x

@@ -1,6 +1,6 @@
 """Second moments of rows, gathered over any number of micro-batches in constant memory.
 
-Shapes:  x (..., d), its leading dimensions are rows    matrix (d, d) and mean (d,) float64
+Shapes:  x (..., d), its leading dimensions are rows    matrix, covariance (d, d) and mean (d,) float64
 An objective over the outputs of a linear needs no more: sum |x E^T|^2 = tr(E (sum x^T x) E^T).
 """
 
@@ -53,3 +53,39 @@ class Moments:
         """(d, d) mean of x^T x."""
         assert self.products is not None
         return self.products / max(self.count, 1)
+
+    @property
+    def covariance(self) -> Tensor:
+        """(d, d) mean of (x - mean)^T (x - mean)."""
+        return self.matrix - self.mean.outer(self.mean)
+
+
+class ErrorMoments:
+    """Of rows q that stand for exact rows x: what a regression of x - q on q needs.
+
+    Attributes:
+        used: of q.
+        error: of x - q, the mean alone.
+    """
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.used, self.error = Moments(size, device), Moments(size, device, second=False)
+        self.products = torch.zeros(size, size, dtype=torch.float64, device=device)
+
+    def add(self, exact: Tensor, used: Tensor) -> None:
+        """Take in rows, aligned."""
+        self.used.add(used)
+        error = exact - used
+        self.error.add(error)
+        for q, e in zip(used.detach().float().split(ROWS), error.detach().float().split(ROWS), strict=True):
+            self.products += q.T @ e
+
+    @property
+    def matrix(self) -> Tensor:
+        """(d, d) mean of q^T (x - q)."""
+        return self.products / max(self.used.count, 1)
+
+    @property
+    def covariance(self) -> Tensor:
+        """(d, d) mean of (q - mean)^T (x - q - mean)."""
+        return self.matrix - self.used.mean.outer(self.error.mean)

@@ -23,8 +23,8 @@ class Store:
     with the store.
     """
 
-    def __init__(self, budget: int = BUDGET) -> None:
-        self._budget = budget
+    def __init__(self, budget: int | None = None) -> None:
+        self._budget = BUDGET if budget is None else budget
         self._items: list[Any] = []
         self._used = 0
         self._folder: Path | None = None

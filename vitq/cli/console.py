@@ -28,6 +28,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 FAILED = 2
 INTERRUPTED = 130
+WIDEST = 10_000  # columns
 
 
 class Say:
@@ -36,6 +37,8 @@ class Say:
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
         self.out = Console(quiet=quiet, highlight=False, soft_wrap=True)
+        if not self.out.is_terminal and "COLUMNS" not in os.environ:
+            self.out.width = WIDEST  # files and pipes have no width: rows stay on one line
         self.err = Console(stderr=True, quiet=quiet, highlight=False)
 
     def note(self, text: str) -> None:
@@ -70,7 +73,7 @@ class Say:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
-        with Bars(*columns, console=self.err, disable=self.quiet, transient=True) as bars:
+        with Bars(*columns, console=self.err, disable=self.quiet or not self.err.is_terminal, transient=True) as bars:
             number = bars.add_task(description, total=total or None)
             yield _BarTask(bars, number)
 

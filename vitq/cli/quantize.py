@@ -15,6 +15,7 @@ from vitq.cli.console import Say, check_outputs, command, peak_rss_mb, write_jso
 from vitq.cli.recipes import parse_options, recipe_of
 from vitq.core.qmodel import QuantModel
 from vitq.evaluate.classify import PairResult, evaluate_pair
+from vitq.evaluate.cost import float_forward_seconds
 from vitq.pipeline import quantize, resolve
 
 HELP = """Quantize a model and save it as a packed artifact.
@@ -98,7 +99,7 @@ def quantize_command(
         "seed": seed,
         "device": str(where),
         "seconds": round(seconds, 3),
-        "float_forward_seconds": round(work.float_forward_seconds(loaded.model, data), 4),
+        "float_forward_seconds": round(float_forward_seconds(loaded.model, data), 4),
         "peak_rss_mb": peak,
     }
     # Saved before it is evaluated: an interrupted evaluation loses nothing.

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vitq.cli.console import Say
 from vitq.core.batches import Batches, sizes_of
@@ -130,21 +128,6 @@ def evaluation(
     if len(images) == 0:
         raise DataError(f"{data}: every image was calibrated on; give others")
     return images, left_out
-
-
-def float_forward_seconds(model: nn.Module, data: Batches) -> float:
-    """Median of five forwards of the stock model over the calibration images in one batch (at most 512)."""
-    batch = torch.cat([x for x, _ in zip(data, range(max(1, IN_MEMORY // 32)), strict=False)])
-    times = []
-    with torch.inference_mode():
-        model(batch)
-        for _ in range(5):
-            start = time.perf_counter()
-            model(batch)
-            if batch.is_cuda:
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-    return statistics.median(times)
 
 
 def provenance(images: ImageSet, data: str, seed: int) -> dict[str, Any]:

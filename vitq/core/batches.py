@@ -107,6 +107,11 @@ def split(batch: Any, size: int) -> Iterator[Any]:
         yield pytree.tree_map(lambda t, part=part: t[part] if isinstance(t, Tensor) else t, batch)
 
 
+def first_of(batch: Any) -> Any:
+    """The first example of a pytree of tensors, as a batch of one."""
+    return pytree.tree_map(lambda t: t[:1] if isinstance(t, Tensor) and t.ndim else t, batch)
+
+
 def moved(batch: Any, device: torch.device) -> Any:
     """A pytree with its tensors on a device; tensors that are there stay themselves."""
     return pytree.tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, batch)

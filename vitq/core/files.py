@@ -18,7 +18,12 @@ NAME_PART = 32  # of the final name in the temporary one, so that a long name do
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file through a temporary one beside it; UTF-8, undecodable file names as they were.
+    """`write_bytes` of UTF-8; undecodable file names stay as they were."""
+    write_bytes(path, text.encode("utf-8", errors="surrogateescape"))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file through a temporary one beside it.
 
     A symbolic link stays one. What is no file (a pipe, a terminal, /dev/null) is written to directly.
 
@@ -26,15 +31,15 @@ def write_text(path: Path, text: str) -> None:
         OSError: the old file is then untouched.
     """
     if is_stream(path):
-        with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as stream:
-            stream.write(text)
+        with path.open("wb") as stream:
+            stream.write(data)
         return
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name[:NAME_PART]}.", dir=path.parent)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(name, 0o666 & ~_umask())

@@ -10,7 +10,8 @@ from typing import Any
 from vitq.core.errors import InputError
 
 Scalar = bool | int | float | str
-_PER = re.compile(r"tensor|channel|head|token|group:[1-9]\d*")
+PER_ROW = "row"  # of a dynamic format: along the dimension that the product sums over
+_PER = re.compile(rf"tensor|channel|head|token|{PER_ROW}|group:[1-9]\d*")
 FLOAT_FROM = 16  # w4a16 means float activations, as everywhere in the field
 
 
@@ -22,7 +23,8 @@ class Format:
         kind: registered quantizer: "uniform", "log2", "logsqrt2", …
         bits: code width; at most 2**bits values per scale group.
         per: what shares one scale: the whole "tensor", a "channel", "head" or "token", or a "group:K" of
-            K neighbouring channels (for weights: of input channels, within each output channel).
+            K neighbouring channels (for weights: of input channels, within each output channel). Dynamic formats
+            have one per "row".
         options: further keyword arguments of the quantizer, sorted by name.
 
     Raises:
@@ -38,7 +40,9 @@ class Format:
         if not 2 <= self.bits <= 16:
             raise InputError(f"format {self.kind!r} with {self.bits} bits: bits must be 2 to 16")
         if not _PER.fullmatch(self.per):
-            raise InputError(f"unknown granularity {self.per!r}; use tensor, channel, head, token or group:K (K >= 1)")
+            raise InputError(
+                f"unknown granularity {self.per!r}; use tensor, channel, head, token, row or group:K (K >= 1)"
+            )
         object.__setattr__(self, "options", tuple(sorted(self.options)))
 
     @classmethod

@@ -32,8 +32,8 @@ class SiteQuantizer(Protocol):
     def freeze(self) -> None: ...
     def unfit(self) -> None: ...
     def side_bits(self) -> int: ...
-    def encode(self, x: Tensor) -> Tensor: ...
-    def decode(self, code: Tensor) -> Tensor: ...
+    def carried_bits(self, shape: tuple[int, ...]) -> int: ...
+    def quantized(self, x: Tensor) -> Tensor: ...
     def __call__(self, x: Tensor) -> Tensor: ...
 
 
@@ -188,11 +188,16 @@ class QuantModel(nn.Module):
 
     # -- size ------------------------------------------------------------------------------------------
 
+    def extra_macs(self) -> int:
+        """Multiply-accumulates that the rewrites add to the inference of one image."""
+        return sum(rewrite.extra_macs() for rewrite in self.rewrites)
+
     def effective_bits(self) -> dict[str, float]:
         """Average bits per weight and per activation value, scales and zero-points counted.
 
         weight: over all parameters that are quantized. model: over all parameters, float ones included.
-        act: over the activation values of one example, where the trace knows their number.
+        act: over the activation values of one example, where the trace knows their number, with what dynamic
+            formats carry along.
         """
         codes = side = values = 0.0
         act_bits = act_values = 0.0
@@ -205,7 +210,7 @@ class QuantModel(nn.Module):
                 values += weight.numel()
             else:
                 count = float(torch.Size(site.shape).numel())
-                act_bits += count * quantizer.bits
+                act_bits += count * quantizer.bits + quantizer.carried_bits(site.shape)
                 act_values += count
         total = sum(p.numel() for p in self.model.parameters())
         coded = {id(self.weight(s)) for s in self.sites()}

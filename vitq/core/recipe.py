@@ -251,10 +251,11 @@ def resolve_recipe(spec: str | Recipe | RecipeFn, bits: Bits, options: Mapping[s
     for extra in extras:
         if extra in RECIPES:
             raise CompositionError(f"{extra!r} is a recipe, not a modifier; one quantization has one recipe")
-    built = compose(built, [MODIFIERS[extra](*_widths(bits)) for extra in extras])
+    modifiers = [MODIFIERS[extra](*_widths(bits)) for extra in extras]
+    built = compose(built, modifiers)
     if not isinstance(spec, Recipe):
         weights_float = bits.weight is not None and bits.weight >= FLOAT_FROM
-        if weights_float and any(step.build().slot == "round" for step in built.passes):
+        if weights_float and any(m.slot == "round" for m in modifiers):
             raise CompositionError(f"{built.name!r} rounds weights, and {bits} leaves them in float")
         built = built.without_float_sides(bits)
     check_order(built)

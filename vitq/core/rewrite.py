@@ -39,6 +39,10 @@ class Rewrite(ABC):
         """Bits that inference needs beyond the model's own parameters and codes."""
         return 0
 
+    def extra_macs(self) -> int:
+        """Multiply-accumulates that inference of one image needs beyond the model's own."""
+        return 0
+
     @abstractmethod
     def apply(self, model: nn.Module) -> None:
         """Change the values, in place."""

@@ -38,6 +38,7 @@ class Site:
         block: name of the transformer block it belongs to, or None.
         norm: the LayerNorm whose output this is, channel for channel, if all of that goes to linears: then
             channel scales can be folded (`Graph.pairs`).
+        summed: the dimension that the product sums over, counted from the right.
     """
 
     id: str
@@ -52,6 +53,7 @@ class Site:
     param: str | None = None
     block: str | None = None
     norm: str | None = None
+    summed: int = -1
 
     @property
     def call(self) -> str:

@@ -96,7 +96,7 @@ def fidelity(
     agree, kl, images = 0, 0.0, 0
 
     def look(name: str, quantizer: SiteQuantizer, x: Tensor) -> None:
-        powers[name].add(x, quantizer.decode(quantizer.encode(x)))
+        powers[name].add(x, quantizer.quantized(x))
 
     for site in qmodel.sites():
         if not qmodel.quantizers[site].baked:

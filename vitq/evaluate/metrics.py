@@ -1,4 +1,4 @@
-"""Accuracy with its uncertainty: bootstrap intervals and paired comparisons.
+"""Accuracy with its uncertainty: bootstrap intervals, paired comparisons, means over seeds.
 
 Shapes:  correct, a, b  (N,) bool, one entry per image      logits  (N, C)      labels  (N,)
 Units:   every accuracy, difference and interval end is in percent (differences: percentage points)
@@ -124,6 +124,44 @@ def paired_difference(
         n=n,
         p_value=_mcnemar(a_only, b_only),
     )
+
+
+def mean_over_seeds(
+    values: Tensor, *, draw_seeds: bool = True, level: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> tuple[float, float, float]:
+    """Mean of what several seeds give on the same images, with its percentile-bootstrap interval, in percent.
+
+    Images are resampled, and seeds on their own: S - 1 of S draws, which gives the mean over few seeds its variance
+    without bias. What changes from image to image and seed to seed is counted in both, so that the interval is rather
+    too wide than too narrow. Images on which all seeds say the same are alike, and resampling them is a multinomial
+    draw over such patterns; it is used directly and is exact.
+
+    Args:
+        values: (seeds, images): correct or not, or differences of that.
+        draw_seeds: False takes the seeds as given, and speaks about these alone; so does a single seed.
+
+    Returns:
+        (mean, low, high).
+
+    Raises:
+        DataError: no seed or no image.
+        InputError: not a matrix, or a level or resamples that cannot be used.
+
+    Source: Owen, Annals of Applied Statistics 2007 (resampling rows and columns); Rao & Wu 1988 (S - 1 draws)
+    """
+    if values.ndim != 2:
+        raise InputError(f"values must be (seeds, images), not of shape {tuple(values.shape)}.")
+    seeds, images = values.shape
+    if not values.numel():
+        raise DataError("there is no image to compute an accuracy from.")
+    _check_sampling(level, resamples)
+    patterns, counts = torch.unique(values.double(), dim=1, return_counts=True)
+    rng = np.random.default_rng(seed)
+    drawn = rng.multinomial(images, (counts.double() / images).numpy(), size=resamples) @ patterns.T.numpy() / images
+    draws = seeds - 1 if draw_seeds and seeds > 1 else 0
+    weights = rng.multinomial(draws, [1 / seeds] * seeds, size=resamples) / draws if draws else 1 / seeds
+    low, high = _percentiles((drawn * weights).sum(axis=1), level)
+    return 100 * float(values.double().mean()), low, high
 
 
 def topk_correct(logits: Tensor, labels: Tensor, k: int) -> Tensor:

@@ -105,7 +105,7 @@ def sdpa_macs(out: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: Any
 
 def mha_unsupported(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> str:
     """Which argument of F.multi_head_attention_forward is not taken apart, or ""."""
-    names = _mha_arguments(query, key, value, *args, **kwargs)
+    names = mha_arguments(query, key, value, *args, **kwargs)
     for name in ("bias_k", "bias_v", "static_k", "static_v"):
         if names.get(name) is not None:
             return f"multi_head_attention_forward with {name}"
@@ -116,7 +116,7 @@ def mha_unsupported(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwa
 
 def mha_operands(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
     """Operands of F.multi_head_attention_forward that exist before the call: inputs and weights."""
-    a = _mha_arguments(query, key, value, *args, **kwargs)
+    a = mha_arguments(query, key, value, *args, **kwargs)
     found = {"input": query} if query is key and key is value else {"q_input": query, "k_input": key, "v_input": value}
     if key is value and query is not key:
         found.pop("v_input")
@@ -133,12 +133,12 @@ def mha_operands(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs
 
 def mha_bias(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
     """The bias of the input projections."""
-    return _mha_arguments(query, key, value, *args, **kwargs)["in_proj_bias"]  # type: ignore[no-any-return]
+    return mha_arguments(query, key, value, *args, **kwargs)["in_proj_bias"]  # type: ignore[no-any-return]
 
 
 def mha_inner(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> dict[str, tuple[int, ...]]:
     """Shapes of what is inside: (B, H, tokens, D), (B, H, N, S), and (N, B, E) entering the projection."""
-    heads, embed = _mha_arguments(query, key, value, *args, **kwargs)["num_heads"], query.shape[-1]
+    heads, embed = mha_arguments(query, key, value, *args, **kwargs)["num_heads"], query.shape[-1]
     rows, columns, batch = query.shape[0], key.shape[0], query.shape[1] if query.ndim == 3 else 1
     tokens = (batch, heads, columns, embed // heads)
     return {
@@ -160,7 +160,7 @@ def mha_macs(out: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **
 
 def run_mha(port: Port, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
     """F.multi_head_attention_forward, taken apart; same arguments and results."""
-    a = _mha_arguments(query, key, value, *args, **kwargs)
+    a = mha_arguments(query, key, value, *args, **kwargs)
     batched = query.ndim == 3
     same, kv_same = query is key and key is value, key is value
     heads, embed = a["num_heads"], query.shape[-1]
@@ -242,6 +242,7 @@ assert F.multi_head_attention_forward.__code__.co_varnames[3 : 3 + len(_MHA_NAME
 )
 
 
-def _mha_arguments(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+def mha_arguments(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """Arguments of F.multi_head_attention_forward behind the first three, by name."""
     given = dict(zip(_MHA_NAMES, args, strict=False)) | kwargs
     return {name: given.get(name, _MHA_DEFAULTS.get(name)) for name in _MHA_NAMES}

@@ -49,6 +49,19 @@ def inner_axes(record: Record, node: Node, role: str, ndim: int) -> tuple[str, .
     return (*_front(ndim), *last)
 
 
+def summed_dim(record: Record, node: Node, operand: str) -> int:
+    """The dimension of an operand that the product sums over, counted from the right."""
+    kind = node.product.kind if node.product else ""
+    if kind == "einsum":
+        own, out = _labels(record, node, operand), einsum_labels(node.args[0], -1, len(record.shapes[node.outputs[0]]))
+        gone = [i for i, label in enumerate(own) if label not in out]
+        return gone[0] - len(own) if gone else -1
+    if kind in ("conv", "convt") and operand == "input":
+        return -1 - spatial_dims(node)
+    rows = kind == "matmul" and operand == "rhs" and len(record.shapes[node.operands[operand]]) > 1
+    return -2 if rows or operand == "value" else -1
+
+
 def _front(ndim: int) -> tuple[str, ...]:
     front = ndim - 2
     return ("batch",) * max(front - 1, min(front, 1)) + ("head",) * (front > 1)

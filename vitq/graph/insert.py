@@ -8,7 +8,8 @@ of its products to their quantizers. Works in eager mode, torch.export and torch
 from __future__ import annotations
 
 import copyreg
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -144,6 +145,16 @@ def detach(model: nn.Module) -> None:
                 delattr(module, name)
             if forward is not None:
                 module.__dict__["forward"] = forward
+
+
+@contextmanager
+def detached(model: nn.Module, graph: Graph, quantizers: Mapping[str, nn.Module]) -> Iterator[None]:
+    """The model without its quantizers, for a while."""
+    detach(model)
+    try:
+        yield
+    finally:
+        attach(model, graph, quantizers)
 
 
 def _take_over(module: nn.Module, owner: str, table: Table) -> None:

@@ -132,7 +132,7 @@ class _Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name = _name(func)
+        name = function_name(func)
         given = _tensors((args, kwargs))
         read = [] if name in METADATA else given[:1] if name in FIRST_ONLY else given
         inputs = tuple(self.number(t) for t in read)
@@ -236,7 +236,8 @@ def _module_stack(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
                 module.__dict__["forward"] = own
 
 
-def _name(func: Any) -> str:
+def function_name(func: Any) -> str:
+    """What a torch function is called, an attribute by its own name."""
     name = getattr(func, "__name__", str(func))
     # Attributes (x.T, x.data) arrive as the __get__ of their descriptor.
     return getattr(func.__self__, "__name__", name) if name == "__get__" else name

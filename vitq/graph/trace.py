@@ -12,7 +12,7 @@ from torch import nn
 from vitq.core.batches import ForwardFn, default_forward, leading_size
 from vitq.core.errors import TraceError
 from vitq.core.site import REASON_CONSTANT, REASON_UNSUPPORTED, Call, Graph, NormLinear, Site
-from vitq.graph.axes import axes_of, inner_axes
+from vitq.graph.axes import axes_of, inner_axes, summed_dim
 from vitq.graph.blocks import block_of, find_blocks
 from vitq.graph.dims import channel_ends
 from vitq.graph.insert import QuantizedOwner
@@ -120,13 +120,15 @@ def _call(
             continue
         shape = log.shapes[tensor]
         axes = axes_of(log, node, operand, role)
-        ids.append(_add(sites, base, operand, role, axes, shape, producer, param, blocks))
+        summed = summed_dim(log, node, operand)
+        ids.append(_add(sites, base, operand, role, axes, shape, summed, producer, param, blocks))
         if param is not None:
             weight_sites[param] = ids[-1]
     for operand, shape in node.inner.items():
         role = inner_role(operand)
         axes = inner_axes(log, node, role, len(shape))
-        ids.append(_add(sites, base, operand, role, axes, shape, None, None, blocks))
+        summed = summed_dim(log, node, operand)
+        ids.append(_add(sites, base, operand, role, axes, shape, summed, None, None, blocks))
     return replace(base, sites=tuple(ids), operands=(*node.operands, *node.inner))
 
 
@@ -150,6 +152,7 @@ def _add(
     role: str,
     axes: tuple[str, ...],
     shape: tuple[int, ...],
+    summed: int,
     producer: str | None,
     param: str | None,
     blocks: tuple[str, ...],
@@ -166,6 +169,7 @@ def _add(
         producer=producer,
         param=param,
         block=block_of(call.owner, blocks),
+        summed=summed,
     )
     sites[site.id] = site
     return site.id

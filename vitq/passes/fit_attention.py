@@ -8,7 +8,6 @@ Source:  the criterion of PTQ4ViT, arXiv 2111.12293, section 3.2 (error of the p
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from functools import partial
 from typing import final
@@ -16,6 +15,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from vitq.calibrate.sample import Places
 from vitq.core.batches import Batches
 from vitq.core.errors import CompositionError
 from vitq.core.progress import Progress
@@ -25,7 +25,6 @@ from vitq.core.roles import SOFTMAX_OUT, VALUE
 from vitq.quantizers.base import Params, Quantizer
 
 CHUNK = 2**21  # candidate-values scored at a time
-GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 @PASSES.register("fit_attention")
@@ -39,8 +38,8 @@ class FitAttention(Pass):
             they are does not depend on the micro-batches.
         rows: how many rows of each.
 
-    Sites whose scale is not one per tensor, and products that are not rows of probabilities times values, keep
-    what they have; the log says how many.
+    Sites whose scale is not one per tensor, dynamic formats, and products that are not rows of probabilities times
+    values, keep what they have; the log says how many.
     """
 
     name = "fit_attention"
@@ -67,7 +66,7 @@ class FitAttention(Pass):
         if data is None or not pairs:
             qmodel.log["fit_attention"] = {"fitted": 0, "kept": len(pairs)}
             return
-        place = _Place(self.matrices, data.count)
+        place = Places(self.matrices, data.count)
         seen = {softmax: _Operands(place, self.rows) for softmax, _ in pairs}
         try:
             for softmax, value in pairs:
@@ -87,8 +86,9 @@ class FitAttention(Pass):
         qmodel.log["fit_attention"] = {"fitted": fitted, "kept": len(pairs) - fitted}
 
     def _fit(self, quantizer: object, operands: _Operands) -> bool:
-        assert isinstance(quantizer, Quantizer)
-        if quantizer.layout.groups != 1 or not operands.probabilities or not operands.usable:
+        if not isinstance(quantizer, Quantizer) or quantizer.layout.groups != 1:
+            return False
+        if not operands.probabilities or not operands.usable:
             return False
         ranges = operands.top * torch.tensor(self.tops, device=operands.top.device)[:, None]
         tried = quantizer.variants(quantizer.range_to_params(torch.zeros_like(ranges), ranges))
@@ -114,39 +114,11 @@ def _show(look: object, quantizer: object, x: Tensor) -> None:
     look(x)
 
 
-class _Place:
-    """Where in the data the model is, and which matrices of each image are looked at."""
-
-    def __init__(self, matrices: int, images: int) -> None:
-        self.share = matrices / images
-        self.first = self.images = 0
-
-    def at(self, images: int) -> bool:
-        """The next micro-batch has so many images; whether any of them is looked at."""
-        self.first, self.images = self.first + self.images, images
-        return any(self._turns(image) for image in range(images))
-
-    def chosen(self, matrices: int) -> list[int]:
-        """Positions in the present micro-batch's matrices, which are those of one image after the other."""
-        each = matrices // self.images
-        found: list[int] = []
-        for image in range(self.images):
-            turns = self._turns(image)
-            # Multiples of the golden ratio spread evenly, however many there will be.
-            some = range(each) if len(turns) >= each else sorted({int(turn * GOLDEN % 1 * each) for turn in turns})
-            found += [image * each + number for number in some]
-        return found
-
-    def _turns(self, image: int) -> range:
-        number = self.first + image
-        return range(math.ceil(number * self.share), math.ceil((number + 1) * self.share))
-
-
 @dataclass
 class _Operands:
     """A sample of one product's operands, gathered over micro-batches."""
 
-    place: _Place
+    place: Places
     rows: int
     probabilities: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)

@@ -51,16 +51,16 @@ def _add(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
     return (module.get_submodule(CHILD)(*args),)
 
 
-@REWRITES.register("noisy_bias")
+@REWRITES.register("add_noise")
 @final
-class NoisyBiasRewrite(Rewrite):
+class AddNoiseRewrite(Rewrite):
     """Noise enters linears, and what their weights make of it leaves their biases.
 
     args: `modules`, nn.Linear each; `norm`, the LayerNorm whose bias takes the noise, or None where it is added to the
     linears' input. tensors: noise (in,) float16; one (out,) to add to each bias, in the order of the modules, as "0" ….
     """
 
-    name = "noisy_bias"
+    name = "add_noise"
 
     def prepare(self, model: nn.Module) -> None:
         """Give a zero bias to linears that have none, and hang the noise in front of them."""
@@ -223,13 +223,13 @@ class AddNoise(Pass):
         watch_prefix(qmodel, [places[0].input for places in groups.values()], make, data, progress)
         qmodel.pending.append(settle_noise)
         every = [place for places in groups.values() for place in places]
-        noisy = [choice for choice in found if choice.quantizers[0].noise is not None]
-        count = sum(len(choice.quantizers) for choice in noisy)
+        chosen = [choice for choice in found if choice.quantizers[0].noise is not None]
+        count = sum(len(choice.quantizers) for choice in chosen)
         qmodel.log[self.name] = {
-            "noisy": count,
+            "with_noise": count,
             "better_without": len(every) - count,
             "kept": len(qmodel.graph.with_roles(WEIGHT)) - len({place.weight.id for place in every}),
-            "amplitude": round(sum(choice.amplitude for choice in noisy) / max(len(noisy), 1), 4),
+            "amplitude": round(sum(choice.amplitude for choice in chosen) / max(len(chosen), 1), 4),
             "error_of_before": round(sum(choice.ratio for choice in found) / max(len(found), 1), 4),
         }
 
@@ -332,7 +332,7 @@ def settle_noise(qmodel: QuantModel) -> None:
             continue
         shifts = {str(n): -(place.used(qmodel).double() @ noise.double()).float() for n, place in enumerate(places)}
         args = {"norm": norm, "modules": [place.module for place in places]}
-        qmodel.apply_rewrite(NoisyBiasRewrite(args, {"noise": noise.half(), **shifts}))
+        qmodel.apply_rewrite(AddNoiseRewrite(args, {"noise": noise.half(), **shifts}))
         folded += norm is not None
         for place in places:
             place.quantizer(qmodel).noise = None

@@ -2,10 +2,7 @@
 
 Shapes:  x, value, code   any; a scale group is named by the dimensions the layout keeps
          scale            broadcastable to x (after group splitting)
-States:  off      the input is returned as it is
-         on       fake quantization: decode(encode(x))
-         learn    the same, and scales are parameters
-         observe  is not a state of its own: an observer that is set sees x first, and may fit the quantizer
+States:  those of quantizers/common.py
 
 A class is abstract or final. `docs/decisions/format_states.md` has the life of a format.
 """
@@ -16,20 +13,18 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from vitq.core.errors import DataError, InputError, NotFittedError
+from vitq.quantizers.common import AnyQuantizer
 from vitq.quantizers.layout import Layout
 
-State = Literal["off", "on", "learn"]
 Params = dict[str, Tensor]
-Observer = Callable[["Quantizer", Tensor], None]
 
 
-class Quantizer(nn.Module):
+class Quantizer(AnyQuantizer):
     """Base of every static format: one scale per group, chosen once, then fixed.
 
     Args:
@@ -42,22 +37,14 @@ class Quantizer(nn.Module):
 
     fields: tuple[str, ...] = ("scale",)
     learned: tuple[str, ...] = ("scale",)  # fields that `learn` trains; a zero-point stays a whole number
-    exportable = True  # False for a paper's own arithmetic that does not fit 2**bits codes
     descending = False  # True if a larger code means a smaller value
     one_sided = False  # True if the range starts at zero
     affine = False  # True if value = scale * (code - zero_point) with a whole zero_point
 
     def __init__(self, bits: int, layout: Layout | None = None) -> None:
-        super().__init__()
-        self.bits = bits
+        super().__init__(bits)
         self.layout = layout or Layout()
-        self.state: State = "off"
-        self.observer: Observer | None = None
-        self.product_observer: Callable[[Tensor], None] | None = None  # … of the product it is the left operand of
-        self.baked = False  # the tensor at this site already holds decoded values
-        self.rounded: Tensor | None = None  # decoded values of codes that a pass chose, instead of the nearest ones
         self.noise: Tensor | None = None  # (C,) added to x before it is coded, taken off the value
-        self.where = ""  # the site it is at, for messages
         for name in self.fields:
             self.register_buffer(name, torch.full(self.layout.scale_shape, math.nan))
 
@@ -92,10 +79,6 @@ class Quantizer(nn.Module):
         """Bits that the parameters of this site take: float32 each, whole zero-points as many as a code."""
         return 32 * self.layout.groups * len(self.fields)
 
-    def settings(self) -> dict[str, bool | int | float | str]:
-        """The options this quantizer was built with, beyond bits and layout."""
-        return {}
-
     def relayout(self, layout: Layout) -> None:
         """Take another granularity; the quantizer is unfitted afterwards."""
         self.layout = layout
@@ -109,10 +92,6 @@ class Quantizer(nn.Module):
     def fitted(self) -> bool:
         """Whether every parameter has been chosen; part of the state dict, as NaN means no."""
         return not any(bool(torch.isnan(getattr(self, name)).any()) for name in self.fields)
-
-    def params(self) -> Params:
-        """The parameters, broadcastable to a split tensor."""
-        return {name: getattr(self, name) for name in self.fields}
 
     def set_params(self, params: Params) -> None:
         """Choose the parameters; each has `layout.groups` elements.
@@ -189,42 +168,30 @@ class Quantizer(nn.Module):
             self.noise = self.noise.to(fn(self.noise).device)
         return self
 
-    @property
-    def active(self) -> bool:
-        """Whether `forward` does anything to its input, or shows it to an observer."""
-        return self.observer is not None or (self.state != "off" and not self.baked)
-
     # -- use -----------------------------------------------------------------------------------------
 
     def encode(self, x: Tensor) -> Tensor:
         """Codes of x, whole numbers, in x's shape. Raises NotFittedError without scales."""
         self._require_fitted()
-        return self.layout.join(self.encode_with(self._split(self._noisy(x)), self.params()))
+        return self.layout.join(self.encode_with(self._split(self._with_noise(x)), self.params()))
 
     def decode(self, code: Tensor) -> Tensor:
         """float32 values of codes, in their shape. Raises NotFittedError without scales."""
         self._require_fitted()
-        return self._plain(self.layout.join(self.decode_with(self._split(code), self.params())))
+        return self._without_noise(self.layout.join(self.decode_with(self._split(code), self.params())))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x on this site's grid, in x's dtype; arithmetic is float32 whatever x is, also under autocast."""
-        if self.observer is not None:
-            with torch._C.DisableTorchFunction():  # products of an observer are not the model's
-                self.observer(self, x)
-        if self.state == "off" or self.baked:
-            return x
-        if self.rounded is not None:
-            return self.rounded
+    def quantized(self, x: Tensor) -> Tensor:
+        """decode(encode(x)) in x's dtype. Raises NotFittedError without scales."""
         if not torch.compiler.is_compiling():
             self._require_fitted_cheaply()
         with torch.autocast(x.device.type, enabled=False):
-            wide = self._split(self._noisy(x))
-            return self._plain(self.layout.join(self.simulate_with(wide, self.params()))).to(x.dtype)
+            wide = self._split(self._with_noise(x))
+            return self._without_noise(self.layout.join(self.simulate_with(wide, self.params()))).to(x.dtype)
 
-    def _noisy(self, x: Tensor) -> Tensor:
+    def _with_noise(self, x: Tensor) -> Tensor:
         return x if self.noise is None else x.to(torch.float32) + self.noise
 
-    def _plain(self, value: Tensor) -> Tensor:
+    def _without_noise(self, value: Tensor) -> Tensor:
         return value if self.noise is None else value - self.noise
 
     def _split(self, x: Tensor) -> Tensor:

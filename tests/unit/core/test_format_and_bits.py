@@ -81,7 +81,7 @@ def test_formats_of_no_sensible_width_are_refused(bits: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "per", ["", "row", "group", "group:", "group:0", "group:-4", "group:08", "group:4x", "Channel", "channel "]
+    "per", ["", "group", "group:", "group:0", "group:-4", "group:08", "group:4x", "Channel", "channel "]
 )
 def test_unknown_granularities_are_refused(per: str) -> None:
     with pytest.raises(InputError, match="granularity"):

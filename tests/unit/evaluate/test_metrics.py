@@ -15,6 +15,7 @@ from vitq.core.errors import DataError, InputError
 from vitq.evaluate.metrics import (
     bootstrap_interval,
     logit_kl,
+    mean_over_seeds,
     paired_difference,
     rounded,
     rounded_small,
@@ -129,6 +130,49 @@ def test_equal_models_differ_by_exactly_nothing() -> None:
     assert (found.mean, found.low, found.high, found.p_value) == (0, 0, 0, 1)
 
 
+def several_seeds(seeds: int, images: int) -> np.ndarray:
+    """(seeds, images) 0 or 1, of images that are easy or hard and seeds that are good or bad."""
+    rng = np.random.default_rng(5)
+    chance = rng.normal(size=images) + 0.6 * rng.normal(size=(seeds, 1)) + 0.3
+    return (chance + 0.5 * rng.normal(size=(seeds, images)) > 0).astype(float)
+
+
+@pytest.mark.parametrize("draw_seeds", [True, False])
+@pytest.mark.parametrize(("seeds", "images"), [(1, 90), (3, 90), (5, 200)])
+def test_the_draw_over_patterns_equals_resampling_images_and_seeds(seeds: int, images: int, draw_seeds: bool) -> None:
+    values, rng = several_seeds(seeds, images), np.random.default_rng(1)
+    means = []
+    for _ in range(6000):
+        drawn = values[:, rng.integers(0, images, size=images)]
+        few = draw_seeds and seeds > 1
+        means.append(drawn[rng.integers(0, seeds, size=seeds - 1)].mean() if few else drawn.mean())
+    mean, low, high = mean_over_seeds(torch.from_numpy(values), draw_seeds=draw_seeds)
+    assert mean == pytest.approx(100 * values.mean())
+    assert [low, high] == pytest.approx([100 * float(q) for q in np.quantile(means, [0.025, 0.975])], abs=1.1)
+
+
+def test_a_single_seed_has_the_interval_of_its_images() -> None:
+    correct = with_correct(317, 400)
+    mean, low, high = mean_over_seeds(correct[None])
+    assert mean == pytest.approx(79.25)
+    assert (low, high) == pytest.approx(bootstrap_interval(correct), abs=0.5)
+
+
+def test_seeds_that_differ_widen_the_interval_and_equal_ones_do_not() -> None:
+    values = torch.from_numpy(several_seeds(3, 200))
+    widths = [high - low for _, low, high in (mean_over_seeds(values, draw_seeds=draw) for draw in (False, True))]
+    assert widths[1] > 1.2 * widths[0]
+    alike = values[:1].expand(3, -1)
+    assert mean_over_seeds(alike)[1:] == pytest.approx(mean_over_seeds(values[:1])[1:], abs=0.6)
+
+
+def test_two_seeds_are_drawn_one_at_a_time() -> None:
+    """The draws then vary by (b - a)² / 4 = s² / 2, the variance of a mean of two; two draws of two would halve it."""
+    a, b = 0.4, 0.7
+    mean, low, high = mean_over_seeds(torch.tensor([[a], [b]]).expand(2, 4), level=0.4)
+    assert (mean, low, high) == pytest.approx((55, 40, 70))
+
+
 @given(st.integers(1, 7), st.integers(1, 9), st.integers(0, 1000))
 def test_topk_equals_sorting(k: int, classes: int, seed: int) -> None:
     draw = torch.Generator().manual_seed(seed)
@@ -175,6 +219,9 @@ def test_rounding_for_json() -> None:
         (lambda: bootstrap_interval(torch.ones(3).bool(), level=95), InputError, "0.95, not 95"),
         (lambda: bootstrap_interval(torch.ones(3).bool(), resamples=0), InputError, "not 0"),
         (lambda: paired_difference(torch.ones(3).bool(), torch.ones(4).bool()), InputError, "3 .* 4"),
+        (lambda: mean_over_seeds(torch.ones(3)), InputError, r"\(3,\)"),
+        (lambda: mean_over_seeds(torch.ones(2, 0)), DataError, "no image"),
+        (lambda: mean_over_seeds(torch.ones(2, 3), level=0), InputError, "not 0"),
         (lambda: topk_correct(torch.zeros(2, 3), torch.tensor([0, 3]), 1), DataError, "label 3 .* 3 classes"),
         (lambda: topk_correct(torch.zeros(2, 3), torch.tensor([0, -1]), 1), DataError, "label -1"),
         (lambda: topk_correct(torch.zeros(2, 3), torch.tensor([0]), 1), InputError, r"\(2, 3\) and \(1,\)"),

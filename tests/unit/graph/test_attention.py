@@ -20,8 +20,20 @@ Plain = Callable[..., QuantModel]
 B, H, N, S, D = 2, 4, 5, 7, 8
 
 
-def as_it_is(operand: str, tensor: Tensor) -> Tensor:
-    return tensor
+class Seeing:
+    """The port that changes nothing, and notes what it is shown."""
+
+    def __init__(self) -> None:
+        self.operands: dict[str, Tensor] = {}
+        self.results: dict[str, Tensor] = {}
+
+    def __call__(self, operand: str, tensor: Tensor) -> Tensor:
+        self.operands[operand] = tensor
+        return tensor
+
+    def made(self, operand: str, result: Tensor) -> Tensor:
+        self.results[operand] = result
+        return result
 
 
 def qkv(heads: int = H, key_heads: int = H) -> tuple[Tensor, Tensor, Tensor]:
@@ -46,14 +58,14 @@ SDPA_CASES: dict[str, dict[str, Any]] = {
 def test_sdpa_taken_apart_equals_the_fused_function(kwargs: dict[str, Any]) -> None:
     operands = qkv()
     fused = F.scaled_dot_product_attention(*operands, **kwargs)
-    torch.testing.assert_close(attention.run_sdpa(as_it_is, *operands, **kwargs), fused, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(attention.run_sdpa(Seeing(), *operands, **kwargs), fused, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("key_heads", [1, 2, 4])
 def test_sdpa_with_grouped_queries_equals_the_fused_function(key_heads: int) -> None:
     operands = qkv(H, key_heads)
     fused = F.scaled_dot_product_attention(*operands, enable_gqa=True)
-    apart = attention.run_sdpa(as_it_is, *operands, enable_gqa=True)
+    apart = attention.run_sdpa(Seeing(), *operands, enable_gqa=True)
     torch.testing.assert_close(apart, fused, atol=1e-5, rtol=1e-5)
     assert attention.sdpa_inner(*operands, enable_gqa=True) == {"softmax": (B, H, N, S)}
     assert attention.sdpa_macs(fused, *operands) == B * H * N * S * (D + D + 2)
@@ -66,15 +78,13 @@ def test_sdpa_counts_work_where_queries_are_broadcast() -> None:
     assert attention.sdpa_inner(query[:1], key) == {"softmax": (B, H, N, S)}
 
 
-def test_every_operand_of_sdpa_goes_through_the_port() -> None:
-    seen: dict[str, tuple[int, ...]] = {}
-
-    def port(operand: str, tensor: Tensor) -> Tensor:
-        seen[operand] = tuple(tensor.shape)
-        return tensor
-
-    attention.run_sdpa(port, *qkv())
-    assert seen == {"query": (B, H, N, D), "key": (B, H, S, D), "softmax": (B, H, N, S), "value": (B, H, S, D + 2)}
+def test_every_operand_of_sdpa_goes_through_the_port_and_every_result_is_shown_to_it() -> None:
+    port, (query, key, value) = Seeing(), qkv()
+    out = attention.run_sdpa(port, query, key, value)
+    shapes = {name: tuple(tensor.shape) for name, tensor in port.operands.items()}
+    assert shapes == {"query": (B, H, N, D), "key": (B, H, S, D), "softmax": (B, H, N, S), "value": (B, H, S, D + 2)}
+    torch.testing.assert_close(port.results["query"], query @ key.mT / D**0.5)
+    assert port.results["softmax"] is out
 
 
 class Attend(nn.Module):

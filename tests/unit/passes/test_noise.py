@@ -114,8 +114,8 @@ def test_freezing_moves_the_noise_into_the_model(recipe: str, model: str) -> Non
     same = (got - expected).abs().amax(1) < 1e-3
     assert int(same.sum()) >= 13
     assert noises(qmodel) == {}
-    moved = [r for r in qmodel.rewrites if r.name == "noisy_bias"]
-    assert sum(len(r.args["modules"]) for r in moved) == len(found) == qmodel.log["add_noise"]["noisy"]
+    moved = [r for r in qmodel.rewrites if r.name == "add_noise"]
+    assert sum(len(r.args["modules"]) for r in moved) == len(found) == qmodel.log["add_noise"]["with_noise"]
     for rewrite in moved:
         noise = rewrite.tensors["noise"].double()
         for number, module in enumerate(rewrite.args["modules"]):

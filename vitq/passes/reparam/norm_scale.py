@@ -19,6 +19,7 @@ from vitq.core.qmodel import QuantModel
 from vitq.core.recipe import ACT_SCALES, PASSES, WEIGHT_SCALES, Pass
 from vitq.core.rewrite import REWRITES, Rewrite
 from vitq.core.site import NormLinear
+from vitq.passes.reparam.tensors import bias_beside, give_bias, store
 from vitq.quantizers.base import Quantizer
 from vitq.quantizers.layout import Layout
 from vitq.quantizers.uniform import UniformQuantizer
@@ -40,15 +41,7 @@ class FoldNormScaleRewrite(Rewrite):
     def prepare(self, model: nn.Module) -> None:
         """Give a zero bias to linears that have none, to take up the shift."""
         for weight, bias in zip(self.args["weights"], self.args["biases"], strict=True):
-            module, _, name = bias.rpartition(".")
-            owner = model.get_submodule(module)
-            if getattr(owner, name, None) is None:
-                like = model.get_parameter(weight)
-                setattr(
-                    owner,
-                    name,
-                    nn.Parameter(torch.zeros(like.shape[0], dtype=like.dtype, device=like.device)),
-                )
+            give_bias(model, weight, bias)
 
     @torch.no_grad()
     def apply(self, model: nn.Module) -> None:
@@ -56,13 +49,13 @@ class FoldNormScaleRewrite(Rewrite):
         norm = model.get_submodule(self.args["norm"])
         ratio, shift = self.tensors["ratio"].double(), self.tensors["shift"].double()
         gamma, beta = _parameter(norm, "weight"), _parameter(norm, "bias")
-        _store(beta, (beta.double() + shift) / ratio)
-        _store(gamma, gamma.double() / ratio)
+        store(beta, (beta.double() + shift) / ratio)
+        store(gamma, gamma.double() / ratio)
         for weight_name, bias_name in zip(self.args["weights"], self.args["biases"], strict=True):
             weight, bias = model.get_parameter(weight_name), model.get_parameter(bias_name)
             wide = weight.double()
-            _store(bias, bias.double() - wide @ shift)
-            _store(weight, (wide * ratio).masked_fill(self.tensors["dead"], 0.0))
+            store(bias, bias.double() - wide @ shift)
+            store(weight, (wide * ratio).masked_fill(self.tensors["dead"], 0.0))
 
 
 @PASSES.register("fold_norm_scale")
@@ -116,22 +109,11 @@ class FoldNormScale(Pass):
                 f"{narrowest}: only uniform channel scales can be folded, not {type(first).__name__}"
             )
         scale, zero_point = first.scale.reshape(-1), first.zero_point.reshape(-1)
-        gamma = _parameter(qmodel.model.get_submodule(pair.norm), "weight")
-        beta = _parameter(qmodel.model.get_submodule(pair.norm), "bias")
-        dead = torch.zeros_like(scale, dtype=torch.bool) if self.parity else (gamma == 0).to(scale.device)
+        dead = torch.zeros_like(scale, dtype=torch.bool) if self.parity else constant_channels(qmodel, pair)
         one_scale, one_zero = self._aggregate(scale, zero_point, dead, first.bits)
         ratio = (scale / one_scale).double()
         shift = scale.double() * (zero_point.double() - one_zero.double())
-        ratio = torch.where(dead, 1.0, ratio)
-        shift = torch.where(dead, -beta.double(), shift)
-        weights = [_param(qmodel, site) for site in pair.weights]
-        biases = [b or _bias_for(w) for w, b in zip(weights, pair.biases, strict=True)]
-        qmodel.apply_rewrite(
-            FoldNormScaleRewrite(
-                {"norm": pair.norm, "weights": weights, "biases": biases},
-                {"ratio": ratio.float(), "shift": shift.float(), "dead": dead},
-            )
-        )
+        fold(qmodel, pair, ratio, shift, dead)
         same = [site for site in quantized if qmodel.formats[site] == qmodel.formats[narrowest]]
         for site in same:
             self._merge(qmodel, site, one_scale, one_zero)
@@ -175,23 +157,30 @@ class FoldNormScale(Pass):
         )
 
 
+def constant_channels(qmodel: QuantModel, pair: NormLinear) -> Tensor:
+    """(C,) bool: channels that the norm makes the same for every input."""
+    return _parameter(qmodel.model.get_submodule(pair.norm), "weight").detach() == 0
+
+
+@torch.no_grad()
+def fold(qmodel: QuantModel, pair: NormLinear, ratio: Tensor, shift: Tensor, dead: Tensor) -> None:
+    """Rewrite a norm and the linears behind it; what is dead becomes zero whatever its ratio and shift."""
+    beta = _parameter(qmodel.model.get_submodule(pair.norm), "bias").double()
+    ratio, shift = torch.where(dead, 1.0, ratio), torch.where(dead, -beta, shift)
+    weights = [_param(qmodel, site) for site in pair.weights]
+    biases = [b or bias_beside(w) for w, b in zip(weights, pair.biases, strict=True)]
+    args = {"norm": pair.norm, "weights": weights, "biases": biases}
+    tensors = {"ratio": ratio.float(), "shift": shift.float(), "dead": dead}
+    qmodel.apply_rewrite(FoldNormScaleRewrite(args, tensors))
+
+
 def _param(qmodel: QuantModel, site: str) -> str:
     name = qmodel.graph.sites[site].param
     assert name is not None, "a pair's weights are parameters"
     return name
 
 
-def _bias_for(weight: str) -> str:
-    module, _, name = weight.rpartition(".")
-    bias = "in_proj_bias" if name == "in_proj_weight" else "bias"
-    return f"{module}.{bias}" if module else bias
-
-
 def _parameter(module: nn.Module, name: str) -> nn.Parameter:
     found = getattr(module, name)
     assert isinstance(found, nn.Parameter)
     return found
-
-
-def _store(parameter: Tensor, value: Tensor) -> None:
-    parameter.data.copy_(value.to(parameter.dtype))

@@ -111,7 +111,7 @@ def choose(w: Tensor, h: Tensor, quantizer: Quantizer, damp: float, *, order: bo
         CompositionError: damp is so small that H cannot be inverted.
     """
     shape, nearest = w.shape, quantizer.decode(quantizer.encode(w)).flatten(1)
-    params = {name: _per_weight(quantizer, value, w).flatten(1) for name, value in quantizer.params().items()}
+    params = {name: per_weight(quantizer, value, w).flatten(1) for name, value in quantizer.params().items()}
     w = w.flatten(1)
     dead = h.diagonal() == 0
     h = h + torch.diag(dead.double() + damp * h.diagonal().mean().clamp(min=1e-30))
@@ -120,14 +120,20 @@ def choose(w: Tensor, h: Tensor, quantizer: Quantizer, damp: float, *, order: bo
     picked = _greedy(w[:, columns], h[columns][:, columns], quantizer, ordered)
     chosen = torch.empty_like(w)
     chosen[:, columns] = picked
+    values, ratio = better_rows(w, chosen, nearest, h)
+    return values.reshape(shape), ratio
+
+
+def better_rows(w: Tensor, chosen: Tensor, nearest: Tensor, h: Tensor) -> tuple[Tensor, float]:
+    """Chosen values, nearest ones in rows that come out worse, and their error in parts of that of nearest rounding."""
     before, after = (_row_errors(w - q, h) for q in (nearest, chosen))
     better = after < before
     kept = torch.where(better, after, before)
     ratio = float(kept.sum() / before.sum().clamp(min=1e-300)) if float(before.sum()) else 1.0
-    return torch.where(better[:, None], chosen, nearest).reshape(shape), ratio
+    return torch.where(better[:, None], chosen, nearest), ratio
 
 
-def _per_weight(quantizer: Quantizer, value: Tensor, w: Tensor) -> Tensor:
+def per_weight(quantizer: Quantizer, value: Tensor, w: Tensor) -> Tensor:
     """A parameter of the quantizer for every single weight."""
     return quantizer.layout.join(value.expand_as(quantizer.layout.split(w)))
 

@@ -1,0 +1,133 @@
+"""What uq_vit is for, on real weights and photos it was not fitted on. Skipped where ../shared is absent."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import vitq
+from vitq.calibrate.linears import linears
+from vitq.core import roles
+from vitq.core.qmodel import QuantModel
+from vitq.data.images import open_images
+from vitq.data.source import LoadedModel, load_model
+
+pytestmark = pytest.mark.real
+MODEL = "deit_tiny_patch16_224"
+CALIBRATION, OTHERS = 8, 6
+
+
+@pytest.fixture(scope="module")
+def loaded(shared: Path) -> LoadedModel:
+    return load_model(MODEL, shared / "models" / f"{MODEL}.safetensors")
+
+
+@pytest.fixture(scope="module")
+def photos(shared: Path, loaded: LoadedModel) -> tuple[Tensor, Tensor]:
+    """To calibrate on, and others."""
+    sample = shared / "data" / "imagenet_sample"
+    calib = open_images(sample / "calib", labels="none").sample(CALIBRATION, seed=0).tensor(loaded.preprocess)
+    others = open_images(sample / "ablate", labels="none").sample(OTHERS, seed=0).tensor(loaded.preprocess)
+    return calib, others
+
+
+@pytest.fixture(scope="module")
+def whole(loaded: LoadedModel, photos: tuple[Tensor, Tensor]) -> QuantModel:
+    return vitq.quantize(loaded.model, "uq_vit", "w4a4", photos[0], options={"fc2": True}, freeze=False)
+
+
+@pytest.fixture(scope="module")
+def plain(loaded: LoadedModel, photos: tuple[Tensor, Tensor]) -> QuantModel:
+    options = {"demax": False, "norm_quant": False}
+    return vitq.quantize(loaded.model, "uq_vit", "w4a4", photos[0], options=options, freeze=False)
+
+
+def float_values(qmodel: QuantModel, images: Tensor, *wanted: str) -> dict[str, Tensor]:
+    """What the float model gives the sites of these roles."""
+    found: dict[str, Tensor] = {}
+    states = {site: quantizer.state for site, quantizer in qmodel.quantizers.items()}
+    for site in qmodel.sites(*wanted):
+        qmodel.quantizers[site].observer = lambda q, x, name=site.id: found.__setitem__(name, x.clone())
+    qmodel.set_state("off")
+    with torch.no_grad():
+        qmodel(images)
+    for site, state in states.items():
+        qmodel.quantizers[site].observer, qmodel.quantizers[site].state = None, state
+    return found
+
+
+def products(qmodel: QuantModel, images: Tensor) -> dict[str, float]:
+    """Owner -> relative error of probabilities times values, the values in float."""
+    seen = float_values(qmodel, images, roles.SOFTMAX_OUT, roles.VALUE)
+    values = {site.owner: seen[site.id] for site in qmodel.sites(roles.VALUE)}
+    errors = {}
+    for site in qmodel.sites(roles.SOFTMAX_OUT):
+        a, v = seen[site.id], values[site.owner]
+        wrong = (qmodel.quantizers[site].quantized(a) - a) @ v
+        errors[site.owner] = float(wrong.square().sum() / (a @ v).square().sum())
+    return errors
+
+
+def test_kept_apart_maxima_lower_the_error_of_every_attention(
+    whole: QuantModel, plain: QuantModel, photos: tuple[Tensor, Tensor]
+) -> None:
+    ours, theirs = (products(qmodel, photos[1]) for qmodel in (whole, plain))
+    ratios = [ours[owner] / theirs[owner] for owner in ours]
+    assert len(ratios) == 12
+    assert max(ratios) < 0.8
+    assert sum(ratios) / len(ratios) < 0.4
+
+
+def outputs(qmodel: QuantModel, images: Tensor) -> dict[str, dict[str, float]]:
+    """Role -> site -> squared error of the output of the linear behind it, on what the float model gives it.
+
+    Balanced or not, the output is the same function, so errors compare as they are.
+    """
+    found: dict[str, dict[str, float]] = {}
+
+    def look(site: Any, weight: Tensor, weight_quantizer: Any, quantizer: Any, x: Tensor) -> None:
+        wrong = quantizer.quantized(x) @ weight_quantizer.quantized(weight).T - x @ weight.T
+        found.setdefault(site.role, {})[site.id] = float(wrong.square().sum())
+
+    every = [linear for linear in linears(qmodel) if linear.input.op == "linear"]
+    states = {site: quantizer.state for site, quantizer in qmodel.quantizers.items()}
+    for linear in every:
+        weight = qmodel.weight(linear.weight)
+        assert weight is not None
+        fixed = (linear.input, weight.data, qmodel.quantizers[linear.weight])
+        qmodel.quantizers[linear.input].observer = partial(look, *fixed)
+    qmodel.set_state("off")
+    with torch.no_grad():
+        qmodel(images)
+    for site, state in states.items():
+        qmodel.quantizers[site].observer, qmodel.quantizers[site].state = None, state
+    return found
+
+
+def test_balanced_channels_lower_the_error_of_the_linears_outputs(
+    whole: QuantModel, plain: QuantModel, photos: tuple[Tensor, Tensor]
+) -> None:
+    ours, theirs = (outputs(qmodel, photos[1]) for qmodel in (whole, plain))
+    for role in (roles.QKV_IN, roles.FC1_IN, roles.PROJ_IN, roles.FC2_IN):
+        ratios = [ours[role][site] / theirs[role][site] for site in theirs[role]]
+        assert len(ratios) == 12
+        assert sum(ratios) / len(ratios) < 0.9, (role, ratios)
+
+
+def test_every_input_is_balanced_and_the_float_model_stays(
+    whole: QuantModel, loaded: LoadedModel, photos: tuple[Tensor, Tensor]
+) -> None:
+    assert whole.log["balance_channels"]["kept"] == 0
+    assert len(whole.log["balance_channels"]["alphas"]) == 48
+    states = {site: quantizer.state for site, quantizer in whole.quantizers.items()}
+    whole.set_state("off")
+    with torch.no_grad():
+        expected, got = loaded.model(photos[1]), whole(photos[1])
+    for site, state in states.items():
+        whole.quantizers[site].state = state
+    assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()

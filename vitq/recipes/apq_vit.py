@@ -1,0 +1,48 @@
+"""APQ-ViT: scales judged at the end of their block (BBC), the large end of attention probabilities kept (MPQ).
+
+Source: Ding et al., ACM MM 2022, arXiv 2303.14341. The one public port, PaddlePaddle/PaddleSlim example/APQ_ViT, holds
+neither method whole: its "gradient" is the output itself, and linear inputs stay in float.
+
+**A reconstruction.** What is public are the two ideas, the port's formats and grids, and that the smallest tenth of the
+errors is left out. BBC here: the error that a candidate leaves at the end of its block, weighed there by squared
+gradients of the divergence, is taken to first order, by pulling that metric back to the site with one backward
+(calibrate/sensitivity.py); the smallest tenth of a candidate's errors is left out. MPQ here: affine uniform codes for
+probabilities, whose range is hardly clipped (0.9 to 1.2 of it is tried).
+
+It differs from the port in that weights have a scale per output channel (there one per linear, three for query, key
+and value), that the patch embedding's input has 8 bits (there float), that the tenth is taken for each candidate (there
+for all that are scored together), that GELU's output is uniform, as surveys list it (the port keeps PTQ4ViT's twin
+format), and that candidates are judged on a sample of rows (passes/fit_products.py).
+"""
+
+from __future__ import annotations
+
+from vitq.core import roles
+from vitq.core.format import Format
+from vitq.core.recipe import PassSpec, Recipe, Rule, recipe
+
+
+@recipe
+def apq_vit(
+    weight_bits: int, act_bits: int, softmax: str = "uniform", objective: str = "blockwise", rounds: int = 3
+) -> Recipe:
+    """Scales by the error at the end of the block, its smallest tenth left out. Reconstruction."""
+    heads = (roles.QUERY, roles.KEY, roles.VALUE)
+    return Recipe(
+        name="apq_vit",
+        paper="arXiv 2303.14341",
+        formats=(
+            Rule(Format("uniform", act_bits)),
+            Rule(Format("uniform", act_bits, "head"), roles=heads),
+            Rule(Format(softmax, act_bits, "head"), roles=(roles.SOFTMAX_OUT,)),
+            Rule(Format("uniform", 8), roles=(roles.PATCH_IN, roles.CONV_IN)),
+            Rule(Format("uniform", weight_bits, "channel"), roles=(roles.WEIGHT,)),
+        ),
+        passes=(
+            PassSpec.of("fit"),
+            PassSpec.of(
+                "fit_products", objective=objective, rounds=rounds, low=0.7, high=1.1, matmul_low=0.9, matmul_high=1.2
+            ),
+        ),
+        note="a reconstruction: the paper's formulas are not public",
+    )
