@@ -40,6 +40,7 @@ class FitProducts(Pass):
         low, high: the ranges that are tried: the whole range times `steps` factors from low to high.
         matmul_low, matmul_high: for products of two activations, and convolutions; as the others unless given.
         steps: how many.
+        weights: fit parameters, too; else they keep what they have.
         rounds: how often both operands are fitted; it ends sooner where nothing changes any more.
         rows: sample of rows of a linear; entries, per_entry: images or windows of a product of activations, and rows
             of each. 0 takes all.
@@ -61,6 +62,7 @@ class FitProducts(Pass):
         matmul_low: float | None = None,
         matmul_high: float | None = None,
         steps: int = 100,
+        weights: bool = True,
         rounds: int = 3,
         rows: int = 256,
         entries: int = 16,
@@ -76,7 +78,7 @@ class FitProducts(Pass):
         self.matmul = (low if matmul_low is None else matmul_low, high if matmul_high is None else matmul_high)
         if steps < 2 or rounds < 1 or not all(0 < a < b for a, b in (self.linear, self.matmul)):
             raise CompositionError("pass 'fit_products': needs 0 < low < high, two steps or more, and one round")
-        self.steps, self.rounds, self.seed = steps, rounds, seed
+        self.steps, self.weights, self.rounds, self.seed = steps, weights, rounds, seed
         self.rows, self.entries, self.per_entry = rows, entries, per_entry
 
     def check(self, qmodel: QuantModel, data: Batches | None) -> None:
@@ -173,7 +175,8 @@ class FitProducts(Pass):
         quantizer = judge.quantizers[side == "right"]
         if quantizer is None or quantizer.baked:
             return False
-        return side == "left" or judge.product.owns_right
+        parameter = judge.product.right.param is not None
+        return side == "left" or (judge.product.owns_right and (self.weights or not parameter))
 
     def _search(self, judge: Judge, side: str, samples: Samples) -> bool:
         """Take the best of the candidates and of what there is; whether that is something new."""
