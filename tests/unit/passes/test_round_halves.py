@@ -14,11 +14,12 @@ import vitq
 from vitq.calibrate.linears import Linear, linears, quantized
 from vitq.calibrate.moments import ErrorMoments
 from vitq.calibrate.search import Search
+from vitq.core.errors import CompositionError, DataError
 from vitq.core.format import Bits, Format
 from vitq.core.qmodel import QuantModel
 from vitq.core.recipe import PassSpec, resolve_recipe
 from vitq.data.zoo import build_zoo, seeded_images
-from vitq.passes.round.halves import absorbed, halves
+from vitq.passes.round.halves import RoundHalves, absorbed, halves
 from vitq.quantizers.base import Quantizer
 from vitq.quantizers.registry import build_quantizer
 
@@ -204,3 +205,121 @@ def test_mechanisms_lower_the_error_of_the_outputs_on_other_images(
     float_model, images, others = build_zoo(model), seeded_images(32), seeded_images(64)[32:]
     with_it, without = (errors(made(float_model, images, bits, **o), float_model, others) for o in ({}, off))
     assert mean(with_it) < 0.97 * mean(without), (mean(with_it), mean(without))
+
+
+@each_model
+def test_on_the_calibration_images_every_linear_has_the_mean_of_the_float_model(model: str) -> None:
+    float_model, images = build_zoo(model), seeded_images(40)  # two micro-batches
+    qmodel = made(float_model, images, "w3a3")
+    means: dict[str, list[Tensor]] = {}
+    for linear in linears(qmodel):
+        module, ours = (m.get_submodule(str(linear.module)) for m in (float_model, qmodel.model))
+        if isinstance(module, nn.Linear) and qmodel.quantizers[linear.weight].rounded is not None:
+
+            def note(
+                module: nn.Module, args: tuple[Tensor], out: Tensor, linear: Linear = linear, ours: nn.Module = ours
+            ) -> None:
+                assert isinstance(ours, nn.Linear)
+                used = quantized(qmodel.quantizers[linear.input], args[0])
+                got = nn.functional.linear(used, qmodel.quantizers[linear.weight](ours.weight), ours.bias)
+                means[linear.weight.id] = [t.flatten(0, -2).double().mean(0) for t in (got, out)]
+
+            module.register_forward_hook(note)
+    with torch.no_grad():
+        float_model(images)
+    assert len(means) >= 12
+    for site, (got, wanted) in means.items():
+        assert float((got - wanted).abs().max()) < 1e-4, site
+
+
+def test_the_float_weights_stay_and_biases_come_with_a_rewrite() -> None:
+    float_model = build_zoo("seeded_swin")
+    qmodel = made(float_model, seeded_images(8))
+    added = qmodel.rewrites[-1].args["modules"]
+    for name, value in float_model.named_parameters():
+        if not name.endswith("bias"):
+            assert torch.equal(qmodel.model.get_parameter(name), value), name
+    bare = [n for n, m in float_model.named_modules() if isinstance(m, nn.Linear) and m.bias is None]
+    assert bare  # Swin's merging
+    assert set(bare) <= set(added)
+    assert all(bool((qmodel.model.get_submodule(n).get_parameter("bias") != 0).any()) for n in bare)
+
+
+class Twice(nn.Module):
+    """One linear that is called two times, one whose weight serves two linears, and one on its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared, self.tied, self.also, self.last = (nn.Linear(16, 16) for _ in range(4))
+        self.also.weight = self.tied.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.shared(torch.relu(self.shared(x))))
+        out: Tensor = self.last(torch.relu(self.also(torch.relu(self.tied(x)))))
+        return out
+
+
+@pytest.mark.parametrize("flow", ["parallel", "prefix"])
+@pytest.mark.parametrize("images", [8, 40])
+def test_weights_that_serve_several_calls_are_left_alone(images: int, flow: str) -> None:
+    model = Twice().eval()
+    qmodel = made(model, torch.randn(images, 5, 16), "w3a3", flow=flow)
+    assert qmodel.log["round_halves"]["rounded"] == 1
+    assert qmodel.log["round_halves"]["kept"] == 2
+    assert qmodel.rewrites[-1].args["modules"] == ["last"]
+    changed = {n for n, p in model.named_parameters() if not torch.equal(qmodel.model.get_parameter(n), p)}
+    assert changed == {"last.bias"}
+
+
+def test_the_flow_decides_which_inputs_are_looked_at() -> None:
+    float_model, images = build_zoo("seeded_vit"), seeded_images(32)
+    parallel, prefix = (made(float_model, images, "w3a3", flow=flow) for flow in ("parallel", "prefix"))
+    first, second = linears(parallel)[:2]
+    # The first linear sees the images in both; the second, what a quantized first one gives.
+    for site, same in ((first.weight, True), (second.weight, False)):
+        values = [qmodel.quantizers[site].rounded for qmodel in (parallel, prefix)]
+        assert isinstance(values[0], Tensor)
+        assert isinstance(values[1], Tensor)
+        assert torch.equal(*values) is same
+
+
+def test_micro_batches_give_nearly_the_same_codes() -> None:
+    images = seeded_images(32)
+    whole, parts = (made(build_zoo("seeded_vit"), data) for data in (images, list(images.split(8))))
+    for linear in linears(whole):
+        a, b = (qmodel.quantizers[linear.weight].rounded for qmodel in (whole, parts))
+        if a is not None and b is not None:
+            assert float((a != b).double().mean()) < 0.01
+
+
+def test_with_few_images_the_head_keeps_its_codes_and_with_many_it_does_not() -> None:
+    for count, rounded in ((32, 13), (80, 14)):  # the head has 64 inputs
+        log = made(build_zoo("seeded_vit"), seeded_images(count)).log["round_halves"]
+        assert log["rounded"] == rounded
+        assert log["rounded"] + log["kept"] == 14
+        assert 0 < log["error_of_nearest"] < 1
+
+
+def test_weights_left_in_float_stay_as_they_are() -> None:
+    float_model = build_zoo("seeded_vit")
+    qmodel = vitq.quantize(float_model, "erq", "w16a4", seeded_images(8))
+    assert qmodel.log["round_halves"]["rounded"] == 0
+    assert torch.equal(qmodel.model.get_parameter("blocks.0.attn.proj.bias"), float_model.blocks[0].attn.proj.bias)
+
+
+@pytest.mark.parametrize(
+    "option", [{"absorb": -1.0}, {"flips": -1}, {"damp": 0.0}, {"flow": "sideways"}], ids=lambda o: next(iter(o))
+)
+def test_options_that_cannot_be_are_refused(option: dict[str, float]) -> None:
+    with pytest.raises(CompositionError, match=next(iter(option))):
+        RoundHalves(**option)
+
+
+def test_without_images_it_says_what_it_needs() -> None:
+    with pytest.raises(DataError, match="needs calibration images"):
+        vitq.quantize(build_zoo("seeded_vit"), "erq", "w4a16", example=seeded_images(1))
+
+
+def test_two_that_round_do_not_go_together() -> None:
+    with pytest.raises(CompositionError, match="'round' of 'erq' is already filled by 'erq'"):
+        resolve_recipe("erq+gptq", Bits(4, 4))
