@@ -151,9 +151,9 @@ class _Follower(TorchFunctionMode):
             self._unite(labels, first)
         return first
 
-    def _runs(self, x: Tensor, dim: int) -> Tensor:
-        labels = self.labels(x)
-        return torch.zeros(1, x.shape[dim], dtype=torch.long) if labels is None else runs(labels, dim)
+    def _labels_or_unknown(self, tensor: Tensor) -> Tensor:
+        labels = self.labels(tensor)
+        return torch.zeros(tensor.shape, dtype=torch.long, device=tensor.device) if labels is None else labels
 
     # -- products --------------------------------------------------------------------------------------
 
@@ -181,7 +181,7 @@ class _Follower(TorchFunctionMode):
         return product.kind == "mha" and self._attend(operands, mha_arguments(*args, **kwargs), out)
 
     def _enter(self, x: Tensor, weight: str, dim: int) -> None:
-        self.trail.entered.setdefault(weight, []).append(self._runs(x, dim))
+        self.trail.entered.setdefault(weight, []).append(runs(self._labels_or_unknown(x), dim))
 
     def _leave(self, weight: str, size: int, bias: Tensor | None, out: Tensor, dim: int) -> bool:
         name = None if bias is None else self.names.get(id(bias), COMPUTED)
@@ -210,22 +210,14 @@ class _Follower(TorchFunctionMode):
 
     def _score(self, query: Tensor, key: Tensor, over_queries: int, over_keys: int) -> None:
         """Channels of queries and keys meet, the same for all tokens."""
-        q, k = self.labels(query), self.labels(key)
-        if q is None or k is None:
-            for tensor in (query, key):
-                self.lose(tensor, "is multiplied with something that is not followed")
-            return
-        q = self._joined(q, over_queries).movedim(over_queries, -2)
-        k = self._joined(k, over_keys).movedim(over_keys, -2)
+        q = self._joined(self._labels_or_unknown(query), over_queries).movedim(over_queries, -2)
+        k = self._joined(self._labels_or_unknown(key), over_keys).movedim(over_keys, -2)
         both = narrowed(torch.cat(torch.broadcast_tensors(q, k), dim=-2), (-2, -1))
         self.trail.scores.append(both.reshape(-1, *both.shape[-2:]).cpu().unique(dim=0))
 
     def _mix(self, value: Tensor, out: Tensor, over: int) -> bool:
         """Tokens are summed with weights that are the same for all channels of one head."""
-        labels = self.labels(value)
-        if labels is None:
-            return self._labels.pop(out, None) is None
-        kept = self._joined(labels, over)
+        kept = self._joined(self._labels_or_unknown(value), over)
         self.trail.mixed.append(runs(kept, -3 - over))  # of the last two dimensions, the other one
         return self._put(out, kept)
 
@@ -256,7 +248,7 @@ class _Follower(TorchFunctionMode):
         name = names[0] or f"norm {len(self.trail.normed)} without parameters"
         if self.trail.affine.setdefault(name, (names[0], names[1])) != tuple(names):
             return False
-        self.trail.normed.setdefault(name, []).append(self._runs(x, -1))
+        self.trail.normed.setdefault(name, []).append(runs(self._labels_or_unknown(x), -1))
         return self._put(out, span(self.trail.number(NORM, name, shape[0]), out.device))
 
     def _look_up(self, index: Tensor, table: Tensor, out: Tensor) -> bool:
@@ -313,8 +305,7 @@ class _Follower(TorchFunctionMode):
         def label(value: Any) -> Any:
             if not isinstance(value, Tensor) or not value.is_floating_point():
                 return value
-            labels = self.labels(value)
-            return torch.zeros(value.shape, dtype=torch.long, device=value.device) if labels is None else labels
+            return self._labels_or_unknown(value)
 
         moved, options = pytree.tree_map(label, (args, kwargs))
         if name == "__setitem__":

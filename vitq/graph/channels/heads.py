@@ -35,8 +35,8 @@ def _each(
     for labels in products:
         heads = classes.numbers(labels)
         key = heads.tobytes()
-        if key not in done:  # of a module that is called again
-            done.add(key)
+        if key not in done:  # those of a module that is called again are
+            done |= set() if (heads == classes.of[0]).any() else {key}
             try:
                 yield make(heads)
             except Left as reason:
@@ -45,7 +45,7 @@ def _each(
 
 def _values(classes: Classes, heads: Numbers) -> Values:
     """heads: (H, D)"""
-    _require_apart(classes, heads)
+    _require_own_rows(classes, heads)
     columns: Places = {}
     for kind, name in classes.uses(heads):
         if kind == "enter":
@@ -62,7 +62,7 @@ def _values(classes: Classes, heads: Numbers) -> Values:
 
 def _scores(classes: Classes, pairs: Numbers) -> Scores:
     """pairs: (H, 2, D) queries and keys"""
-    _require_apart(classes, pairs)
+    _require_own_rows(classes, pairs)
     for kind, name in classes.uses(pairs):
         if kind != "score" or not _same_heads(classes.numbers(classes.trail.scores[int(name)]), pairs):
             raise Left("is used in another way, too")
@@ -73,8 +73,11 @@ def _scores(classes: Classes, pairs: Numbers) -> Scores:
     return Scores(query, key)
 
 
-def _require_apart(classes: Classes, heads: Numbers) -> None:
+def _require_own_rows(classes: Classes, heads: Numbers) -> None:
     classes.require_followed(heads)
+    for made in classes.made_of(heads):
+        if made.kind != ROWS:
+            raise Left(_NO_ROWS.get(made.kind, "has a parameter added to it"))
     if len(np.unique(heads)) < heads.size:
         raise Left("shares channels between heads, or between queries and keys")
 
@@ -87,12 +90,8 @@ def _same_heads(others: Numbers, heads: Numbers) -> bool:
 
 def _rows(classes: Classes, heads: Numbers) -> Places:
     """The rows that make these heads."""
-    found: Places = {}
-    for made in classes.made_of(heads):
-        if made.kind != ROWS:
-            raise Left(_NO_ROWS.get(made.kind, "has a parameter added to it"))
-        found[made.name] = _places(heads, classes.of_range(ROWS, made.name))
-    return found
+    made = [each.name for each in classes.made_of(heads)]
+    return {name: _places(heads, classes.of_range(ROWS, name)) for name in made}
 
 
 def _places(heads: Numbers, numbers: Numbers) -> list[tuple[int, ...]]:
