@@ -143,6 +143,10 @@ def compare(official: ModuleType, linear: nn.Module, x: Tensor) -> list[dict[str
     quantizer.set_params({"scale": step, "zero_point": torch.tensor(2.0 ** (BITS - 1))})
     quantizer.state = "on"
     judge = Judge(quantizer, x.reshape(-1, x.shape[-1]), linear.weight.data)
+
+    def error(noise: Tensor) -> float:
+        return float(judge.errors(noise).sum())
+
     shift, _ = searched(official, linear, x, step, noise=False)
     vector, theirs = searched(official, linear, x, step, noise=True)
     torch.manual_seed(0)
@@ -155,11 +159,11 @@ def compare(official: ModuleType, linear: nn.Module, x: Tensor) -> list[dict[str
     far = float((ours - theirs).abs().max() / ours.abs().max())
     found = [{"part": "form", "difference": f"{far:.2e}", "passed": far < OUTPUTS}]
     for part, (chosen, candidates) in tried.items():
-        best = min(candidates, key=judge.error)
-        excess = judge.error(best) / judge.error(chosen) - 1
+        best = min(candidates, key=error)
+        excess = error(best) / error(chosen) - 1
         middle, strength = float((best / step).mean()), float(((best - shift) / step).abs().max())
         row = {"part": part, "official": _told(chosen, shift, step), "ours": f"{middle:.3f} +- {strength:.3f}"}
-        row |= {"error_of_none": f"{judge.error(chosen) / judge.error(0 * draw):.4f}", "excess": f"{excess:.1e}"}
+        row |= {"error_of_none": f"{error(chosen) / error(0 * draw):.4f}", "excess": f"{excess:.1e}"}
         found.append(row | {"passed": abs(excess) < ERRORS})
     return found
 

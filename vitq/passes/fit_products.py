@@ -202,7 +202,9 @@ class FitProducts(Pass):
 
 
 def _quantizer(qmodel: QuantModel, site: str) -> Quantizer | None:
-    found = qmodel.quantizers.get(site)
+    if site not in qmodel.quantizers:  # left float
+        return None
+    found = qmodel.quantizers[site]
     return found if isinstance(found, Quantizer) else None
 
 

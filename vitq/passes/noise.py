@@ -176,9 +176,12 @@ class AddNoise(Pass):
 
     Args:
         largest: the amplitudes that are tried go from 0 to this, in steps of the input's quantizer …
-        amplitudes: … in so many equal parts. What is there without noise takes part.
+        amplitudes: … in so many equal parts.
         shift: first choose one number to add to all channels, from -1 to 1 steps in as many parts.
         rows: how many inputs are looked at, evenly spread over images and tokens.
+
+    There is none where two folds over the inputs do not gain by it, or where there are fewer of these than channels (a
+    head behind a class token, with few images).
 
     Until `freeze`, the quantizer adds the noise and takes it off its values, so that every other pass sees what the
     product sees, and quantizers switched off leave the float model. `freeze` moves it into the model: B' is made from
@@ -227,7 +230,7 @@ class AddNoise(Pass):
         count = sum(len(choice.quantizers) for choice in chosen)
         qmodel.log[self.name] = {
             "with_noise": count,
-            "better_without": len(every) - count,
+            "without": len(every) - count,
             "kept": len(qmodel.graph.with_roles(WEIGHT)) - len({place.weight.id for place in every}),
             "amplitude": round(sum(choice.amplitude for choice in chosen) / max(len(chosen), 1), 4),
             "error_of_before": round(sum(choice.ratio for choice in found) / max(len(found), 1), 4),
@@ -248,17 +251,19 @@ class _Choice:
         self.rows.add(x.reshape(-1, x.shape[-1]), images)
 
     def finish(self) -> None:
+        if self.rows.seen < len(self.draw):
+            return
         draw, step = self.draw, step_of(self.quantizers[0])
         judge = Judge(self.quantizers[0], self.rows.gathered(), self.weight)
-        shift = min([0.0, *self.settings.shifts], key=lambda s: judge.error(torch.full_like(draw, s) * step))
-        amplitude = min([0.0, *self.settings.amplitudes], key=lambda a: judge.error((shift + a * draw) * step))
-        chosen = ((shift + amplitude * draw) * step).half().float()
         self.rows.parts.clear()
-        if not bool(chosen.any()):
-            return
-        self.amplitude, self.ratio = amplitude, judge.error(chosen) / judge.error(torch.zeros_like(draw))
-        for quantizer in self.quantizers:
-            quantizer.noise = chosen
+        shifts, amplitudes = [0.0, *self.settings.shifts], [0.0, *self.settings.amplitudes]
+        shift = shifts[pick([judge.errors(torch.full_like(draw, s) * step) for s in shifts])]
+        self.amplitude = amplitudes[pick([judge.errors((shift + a * draw) * step) for a in amplitudes])]
+        chosen = ((shift + self.amplitude * draw) * step).half().float()
+        if bool(chosen.any()):
+            self.ratio = float(judge.errors(chosen).sum() / judge.errors(torch.zeros_like(draw)).sum())
+            for quantizer in self.quantizers:
+                quantizer.noise = chosen
 
 
 class Rows:
@@ -292,7 +297,7 @@ class Rows:
 
 
 class Judge:
-    """The squared error of a linear's output for noise that may be added to its input.
+    """The squared error of a linear's output, for noise that may be added to its input.
 
     Args:
         quantizer: of the input, fitted.
@@ -305,13 +310,22 @@ class Judge:
         # Only |W e| matters: the triangle of W has as much to say, and no more rows than columns.
         self.weight = torch.linalg.qr(weight, mode="r").R if len(weight) > weight.shape[1] else weight
 
-    def error(self, noise: Tensor) -> float:
-        """Sum of squares over the outputs, with the noise as it will be stored; infinite where that overflows."""
+    def errors(self, noise: Tensor) -> Tensor:
+        """(2,) sums of squares over the outputs of each half of the rows, with the noise as it will be stored."""
         noise = noise.half().float()
         if not bool(noise.isfinite().all()):
-            return math.inf
+            return torch.full((2,), math.inf, dtype=torch.float64, device=noise.device)
         wrong = self.quantizer.simulate_with(self.x + noise, self.quantizer.params()) - noise - self.x
-        return float((wrong @ self.weight.T).square().sum(dtype=torch.float64))
+        rows = (wrong @ self.weight.T).square().sum(1, dtype=torch.float64)
+        return torch.stack([half.sum() for half in rows.tensor_split(2)])
+
+
+def pick(errors: list[Tensor]) -> int:
+    """Which has the least error; the first, unless what each half of the rows would pick gains on the other half."""
+    halves = torch.stack(errors)
+    first, second = halves.argmin(0).tolist()
+    gains = bool(halves[first, 1] + halves[second, 0] < halves[0].sum())
+    return int(halves.sum(1).argmin()) if gains else 0
 
 
 def step_of(quantizer: Quantizer) -> Tensor:

@@ -8,13 +8,14 @@ tensor, clipped where the error of the product is least; then noise, as strong a
 On other recipes, as the paper has it on PTQ4ViT, the modifier `noisy` adds it.
 
 Differs from both codes in that 20 amplitudes up to two steps are tried (2,000 and 201 there: the curve is flat), on
-2,048 inputs of a linear instead of all, that noise is stored in 16 bits and folded into the LayerNorm before a linear
-where there is one, that the patch embedding has none and an 8-bit input, and that the range [-m, m] reaches half a step
-beyond the largest code, as in the second code. A static shift of up to a step precedes the noise, as in the simple code
-(one and a half steps in the other); the paper does not describe it, and `shift=False` leaves it out. Noise is uniform
-in (-1, 1) as in the paper and the second code; the simple code draws `randn * 2 - 1`, Gaussian around -1, which is a
-slip. Its clip search sees the quantized prefix, ours the float model's values. benchmarks/parity_noisyquant.py compares
-the parts on the same tensors.
+2,048 inputs of a linear instead of all; that a linear has no noise where two folds over these do not gain by it, or
+where there are fewer of them than channels; that noise is stored in 16 bits, and folded into the LayerNorm before a
+linear where there is one; that the patch embedding has none, and an 8-bit input; and that the range [-m, m] reaches
+half a step beyond the largest code, as in the second code. A static shift of up to a step precedes the noise, as in the
+simple code (one and a half steps in the other); the paper does not describe it, and `shift=False` leaves it out. Noise
+is uniform in (-1, 1) as in the paper and the second code; the simple code draws `randn * 2 - 1`, Gaussian around -1,
+which is a slip. Its clip search sees the quantized prefix, ours the float model's values.
+benchmarks/parity_noisyquant.py compares the parts on the same tensors.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from vitq.core.qmodel import QuantModel
 from vitq.core.recipe import PassSpec, Recipe, Rule
 from vitq.core.roles import FC2_IN, WEIGHT
 from vitq.data.zoo import build_zoo, seeded_images
-from vitq.passes.noise import AddNoise, Judge, Rows, step_of
+from vitq.passes.noise import AddNoise, Judge, Rows, _groups, pick, step_of
 from vitq.quantizers.base import Quantizer
 from vitq.quantizers.log import LogSqrt2Quantizer
 from vitq.quantizers.uniform import UniformQuantizer
@@ -31,6 +31,16 @@ def uniform(step: float, bits: int = 8) -> UniformQuantizer:
 
 def choose(images: Tensor, model: nn.Module, recipe: str = "minmax+noisy", bits: str = "w4a4") -> QuantModel:
     return vitq.quantize(model, recipe, bits, images, freeze=False)
+
+
+def give(qmodel: QuantModel) -> dict[str, Tensor]:
+    """Noise of half a step for every linear that can take it, whatever was chosen."""
+    for _, places in _groups(qmodel):
+        first = places[0].quantizer(qmodel)
+        noise = (torch.rand(places[0].input.shape[-1]) - 0.5) * step_of(first)
+        for place in places:
+            place.quantizer(qmodel).noise = noise.half().float()
+    return noises(qmodel)
 
 
 def noises(qmodel: QuantModel) -> dict[str, Tensor]:
@@ -76,11 +86,9 @@ def test_a_frozen_model_computes_the_inference_form() -> None:
     model, x = Small().eval(), torch.randn(64, 7, 16)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     qmodel = choose(x, model)
-    # Whether noise helps depends on the draw; here every linear has some. One norm, one noise.
-    drawn = {"a": torch.rand(16).half().float() / 4, "last": torch.rand(24).half().float() / 4}
-    found = {f"{name}:linear0.input": drawn["a" if name == "b" else name] for name in ("a", "b", "last")}
-    for site, noise in found.items():
-        quantizer(qmodel, site).noise = noise
+    found = give(qmodel)
+    assert set(found) == {"a:linear0.input", "b:linear0.input", "last:linear0.input"}
+    assert torch.equal(found["a:linear0.input"], found["b:linear0.input"])  # one norm, one noise
     qmodel.freeze()
     assert [r.args for r in qmodel.rewrites] == [
         {"norm": "norm", "modules": ["a", "b"]},
@@ -154,14 +162,23 @@ def test_a_product_sees_no_more_values_than_there_are_codes(model: str) -> None:
 
 
 def test_the_error_that_is_judged_is_that_of_the_output() -> None:
-    torch.manual_seed(3)
-    x, weight = torch.randn(400, 8).pow(3), torch.randn(6, 8)
-    judge, nothing = Judge(uniform(0.5, 4), x, weight), torch.zeros(8)
-    with torch.no_grad():
-        wrong = uniform(0.5, 4)(x) - x
-    assert judge.error(nothing) == pytest.approx(float((wrong @ weight.T).double().square().sum()), rel=1e-4)
+    x, weight, noise = torch.randn(401, 8).pow(3), torch.randn(6, 8), torch.rand(8).half().float() / 4
+    judge, noisy = Judge(uniform(0.5, 4), x, weight), uniform(0.5, 4)
+    noisy.noise = noise
+    wrong = ((noisy(x) - x) @ weight.T).double().square().sum(1)
+    expected = torch.stack([wrong[:201].sum(), wrong[201:].sum()])
+    torch.testing.assert_close(judge.errors(noise), expected, rtol=1e-4, atol=0)
     wide = Judge(uniform(0.5, 4), x, torch.cat([weight, weight]))  # more outputs than inputs
-    assert wide.error(nothing) == pytest.approx(2 * judge.error(nothing), rel=1e-4)
+    torch.testing.assert_close(wide.errors(noise), 2 * expected, rtol=1e-4, atol=0)
+    assert bool(judge.errors(1e7 * noise).isinf().all())  # more than 16 bits hold
+
+
+def test_what_does_not_gain_on_the_other_half_of_the_rows_is_not_picked() -> None:
+    none = torch.tensor([10.0, 10.0])
+    assert pick([none, torch.tensor([9.0, 8.0]), torch.tensor([8.5, 9.5])]) == 1
+    assert pick([none, torch.tensor([4.0, 12.0]), torch.tensor([13.0, 5.0])]) == 0
+    assert pick([none, none]) == 0
+    assert pick([torch.tensor([0.0, 10.0]), torch.tensor([0.0, 5.0])]) == 0  # one row: there is no other half
 
 
 def test_values_on_the_levels_get_no_noise() -> None:
@@ -171,7 +188,7 @@ def test_values_on_the_levels_get_no_noise() -> None:
     x[0, 0], x[0, 1] = 0, 15
     qmodel = choose(x, model)
     assert noises(qmodel) == {}
-    assert qmodel.log["add_noise"]["better_without"] == 1
+    assert qmodel.log["add_noise"]["without"] == 1
     assert qmodel.freeze().rewrites == []
 
 
@@ -199,7 +216,7 @@ class Odd(nn.Module):
 def test_what_cannot_take_noise_is_left_and_counted() -> None:
     x = torch.randn(64, 16)
     qmodel = choose(x, Odd().eval())
-    assert set(noises(qmodel)) <= {"plain:linear0.input"}
+    assert set(give(qmodel)) == {"plain:linear0.input"}
     assert qmodel.log["add_noise"]["kept"] == 4
     with torch.no_grad():
         expected = qmodel(x)
@@ -222,7 +239,7 @@ class Twice(nn.Module):
 def test_a_linear_that_is_called_twice_has_one_noise(count: int) -> None:
     x = torch.randn(count, 5, 16)
     qmodel = choose(x, Twice().eval())
-    assert "shared:linear0.input" in noises(qmodel)
+    assert "shared:linear0.input" in give(qmodel)
     with torch.no_grad():
         expected = qmodel(x)
         torch.testing.assert_close(qmodel.freeze()(x), expected, rtol=1e-4, atol=1e-5)
@@ -230,14 +247,17 @@ def test_a_linear_that_is_called_twice_has_one_noise(count: int) -> None:
 
 def test_linears_behind_a_norm_that_quantize_differently_have_noise_of_their_own() -> None:
     x = torch.randn(64, 7, 16)
-    qmodel = vitq.quantize(Small().eval(), "minmax+noisy", "w4a4", x, overrides=["b:a3"])
+    qmodel = vitq.quantize(Small().eval(), "minmax+noisy", "w4a4", x, overrides=["b:a3"], freeze=False)
+    assert len(give(qmodel)) == len(qmodel.freeze().rewrites) == 3
     assert all(r.args["norm"] is None and len(r.args["modules"]) == 1 for r in qmodel.rewrites)
     assert qmodel.log["add_noise"]["norms"] == 0
 
 
 def test_a_linear_left_float_keeps_its_norm_as_it_is() -> None:
     x, model = torch.randn(64, 7, 16), Small().eval()
-    qmodel = vitq.quantize(model, "minmax+noisy", "w4a4", x, exclude=["b"])
+    qmodel = vitq.quantize(model, "minmax+noisy", "w4a4", x, exclude=["b"], freeze=False)
+    assert set(give(qmodel)) == {"a:linear0.input", "last:linear0.input"}
+    qmodel.freeze()
     assert torch.equal(qmodel.model.get_parameter("norm.bias"), model.norm.bias)
     assert qmodel.model.get_submodule("b").bias is None
 
@@ -245,7 +265,7 @@ def test_a_linear_left_float_keeps_its_norm_as_it_is() -> None:
 def test_weights_in_float_have_noise_in_front_of_them_too() -> None:
     images = seeded_images(8)
     qmodel = choose(images, build_zoo("seeded_vit"), bits="w16a4")
-    assert noises(qmodel)
+    assert give(qmodel)
     with torch.no_grad():
         expected = qmodel(images)
         torch.testing.assert_close(qmodel.freeze()(images), expected, rtol=1e-4, atol=1e-4)
@@ -253,7 +273,9 @@ def test_weights_in_float_have_noise_in_front_of_them_too() -> None:
 
 def test_noise_is_counted_in_16_bits_where_no_norm_holds_it() -> None:
     x = torch.randn(64, 7, 16)
-    plain, helped = (vitq.quantize(Small().eval(), r, "w4a4", x) for r in ("minmax", "minmax+noisy"))
+    plain, helped = (choose(x, Small().eval(), recipe) for recipe in ("minmax", "minmax+noisy"))
+    give(helped)
+    plain.freeze(), helped.freeze()
     parameters = [sum(p.numel() for p in q.model.parameters()) for q in (plain, helped)]
     bits = [q.effective_bits()["model"] * n for q, n in zip((plain, helped), parameters, strict=True)]
     assert parameters[1] - parameters[0] == 24  # the bias that b did not have
@@ -307,7 +329,7 @@ def test_any_static_format_can_take_noise() -> None:
     recipe = Recipe("logs", "none", rules, (PassSpec.of("fit"), PassSpec.of("add_noise")))
     x = torch.rand(64, 5, 16)
     qmodel = vitq.quantize(Twice().eval(), recipe, "w8a4", x, freeze=False)
-    assert noises(qmodel)
+    assert give(qmodel)
     with torch.no_grad():
         expected = qmodel(x)
         torch.testing.assert_close(qmodel.freeze()(x), expected, rtol=1e-4, atol=1e-5)
@@ -362,6 +384,13 @@ def test_mechanism_noise_lowers_the_error_of_the_output_on_other_images() -> Non
             errors.append([float((e @ weight.T).square().sum()) for e in (noisy, plain)])
     assert errors
     assert sum(a for a, _ in errors) < sum(b for _, b in errors)
+
+
+def test_there_is_no_noise_where_fewer_inputs_than_channels_were_seen() -> None:
+    """A head that sees one token of each image: what is gained on these few is lost on others."""
+    qmodel = choose(seeded_images(16), build_zoo("seeded_vit"), "repq_vit+noisy")
+    assert "head:linear0.input" not in noises(qmodel)
+    assert qmodel.log["add_noise"]["without"] >= 1
 
 
 def test_it_refuses_to_add_noise_twice() -> None:
