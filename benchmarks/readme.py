@@ -159,13 +159,15 @@ def main() -> int:
     )
     parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder of the CSV files")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="the file to change")
-    text = "folder of the pages, one for every recipe and modifier"
-    parser.add_argument("--methods", type=Path, default=ROOT / "docs" / "methods", help=text)
+    text = (
+        "folder of the methods' pages (default: docs/methods; none with another README, whose numbers are not for them)"
+    )
+    parser.add_argument("--methods", type=Path, help=text)
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if it is not up to date")
     args = parser.parse_args()
     wanted = {args.readme: SECTIONS}
-    if args.readme == ROOT / "README.md":  # a copy of the README is for numbers that are not for the pages
-        wanted |= pages(args.methods)
+    if args.methods is not None or args.readme == ROOT / "README.md":
+        wanted |= pages(args.methods or ROOT / "docs" / "methods")
     try:
         stale = [page for page, sections in wanted.items() if filled(page, sections, args.results, args.check)]
         if args.check and stale:
