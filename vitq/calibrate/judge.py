@@ -74,14 +74,15 @@ class Judge:
             here = torch.cat(parts) * some.made.numel()
             total, values = here if total is None else total + here, values + some.made.numel()
         assert total is not None
-        return total / values
+        return (total / values).nan_to_num(nan=math.inf)
 
     def error(self) -> float:
         """Score of both operands quantized as they are now."""
         total = values = 0.0
         for chunk in self.chunks:
+            plain, factor = self._plain(chunk)
             made = self.product.multiply(self.model, self._quantized("left", chunk), self._quantized("right", chunk))
-            score = self._compared(made.sub_(self._plain(chunk))[None], chunk, ())
+            score = self._compared(made.mul_(factor).sub_(plain)[None], chunk, ())
             total, values = total + float(score) * made.numel(), values + made.numel()
         return total / max(values, 1)
 
@@ -93,8 +94,8 @@ class Judge:
         )
 
     def _error_of(self, side: str, chunk: Chunk, dims: tuple[int, ...]) -> Callable[[Quantizer, Params], Tensor]:
-        x, plain = self.operand(side, chunk), self._plain(chunk)
-        other = self._quantized("left" if side == "right" else "right", chunk)
+        x, (plain, factor) = self.operand(side, chunk), self._plain(chunk)
+        other = self._quantized("left" if side == "right" else "right", chunk) * factor
 
         def error(quantizer: Quantizer, params: Params) -> Tensor:
             tried = simulated(quantizer, params, x)
@@ -112,16 +113,23 @@ class Judge:
         weight = None if chunk.weight is None else _arranged(chunk.weight[None], dims)[0]
         return self.objective(_arranged(error, dims), wanted, weight, scores=self.product.kind == "scores")
 
-    def _plain(self, chunk: Chunk) -> Tensor:
-        return self.product.multiply(self.model, chunk.left, self.operand("right", chunk))
+    def _plain(self, chunk: Chunk) -> tuple[Tensor, float]:
+        """The float product without bias, and the factor that makes it that of the model: attention scales scores."""
+        plain = self.product.multiply(self.model, chunk.left, self.operand("right", chunk))
+        if self.product.kind != "scores":
+            return plain, 1.0
+        factor = float(chunk.made.norm() / plain.norm().clamp(min=torch.finfo(plain.dtype).tiny))
+        return plain.mul_(factor), factor
 
     def operand(self, side: str, chunk: Chunk) -> Tensor:
+        """One operand of a sample in float."""
         if side == "left":
             return chunk.left
         if chunk.right is not None:
             return chunk.right
         assert self.product.right.param is not None
-        return self.model.get_parameter(self.product.right.param).detach().float()
+        weight = self.model.get_parameter(self.product.right.param).detach().float()
+        return weight[(None,) * (chunk.left.ndim - weight.ndim)] if self.product.kind == "rows" else weight
 
     def _quantized(self, side: str, chunk: Chunk) -> Tensor:
         quantizer, x = self.quantizers[side == "right"], self.operand(side, chunk)

@@ -69,10 +69,7 @@ def _weighted(square: Tensor, weight: Tensor | None) -> Tensor:
     """(K, G) mean of squares (K, G, n), weighted."""
     if weight is None:
         return square.mean(-1, dtype=torch.float64)
-    weight = weight.flatten(1)
-    # A group that nothing behind it depends on has only zero weights: there all errors count alike.
-    weight = torch.where(weight.sum(1, keepdim=True) > 0, weight, 1.0)
-    return torch.einsum("kgn,gn->kg", square, weight).double() / square.shape[-1]
+    return torch.einsum("kgn,gn->kg", square, weight.flatten(1)).double() / square.shape[-1]
 
 
 def _cosine(error: Tensor, wanted: Tensor, weight: Tensor | None) -> Tensor:

@@ -21,6 +21,7 @@ from vitq.core.site import Call, Site
 from vitq.quantizers.base import Quantizer
 
 EVEN = 0.5  # share of the sample that is spread evenly, whatever the gradients are
+FLOOR = 1e-6  # the least weight of an error, in parts of the mean weight
 
 _OPERANDS = {
     "linear": (("linear", "input", "weight"),),
@@ -67,7 +68,7 @@ class Product:
     def groups_of(self, side: str, quantizer: Quantizer) -> tuple[int, ...] | None:
         """Dimensions of the result along which the errors of that operand's scale groups stay apart; None: they mix."""
         keep, ndim = quantizer.layout.keep, quantizer.layout.ndim
-        if not keep:
+        if quantizer.layout.groups == 1:  # one in all, or one for the only head of keys that all queries share
             return ()
         if self.kind in ("linear", "conv"):
             if side == "right":  # (out, ...), in groups or not
@@ -115,8 +116,9 @@ def _usable(qmodel: QuantModel, call: Call, kind: str) -> bool:
     owner = qmodel.model.get_submodule(call.owner)
     if kind != "conv":
         return True
-    own = isinstance(owner, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
-    return own and call.sites[1] == f"{call.id}.weight"
+    if not isinstance(owner, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) or owner.padding_mode != "zeros":
+        return False  # what is padded otherwise is padded before the call
+    return call.sites[1] == f"{call.id}.weight"
 
 
 @dataclass
@@ -126,22 +128,24 @@ class Chunk:
     Attributes:
         left, right, made: tensors as in the head of this file; right None for a parameter.
         weight: squared gradients of `made`, each divided by how likely its row was to be taken; None without.
+        by_entry: each entry of the left operand has a right one of its own, unless there is but one.
     """
 
     left: Tensor
     right: Tensor | None
     made: Tensor
     weight: Tensor | None
+    by_entry: bool = False
 
     def every(self, step: int) -> Chunk:
         """One in so many of its rows or entries."""
         if step == 1 or len(self.left) < 2 * step:
             return self
         right = self.right
-        if right is not None and len(right) == len(self.left) == len(self.made) and right.ndim == self.left.ndim:
+        if right is not None and self.by_entry and len(right) > 1:
             right = right[::step]
         weight = None if self.weight is None else self.weight[::step]
-        return Chunk(self.left[::step], right, self.made[::step], weight)
+        return Chunk(self.left[::step], right, self.made[::step], weight, self.by_entry)
 
 
 @dataclass
@@ -174,8 +178,12 @@ class Samples:
         for chunk in self.chunks:
             right = torch.Size() if chunk.right is None else chunk.right.shape[1:]
             by_shape.setdefault((chunk.left.shape[1:], chunk.made.shape[1:], right), []).append(chunk)
-        shared = self.product.right.param is not None or self.product.kind in ("linear", "conv")
-        self.chunks = [_joined(chunks, shared) for chunks in by_shape.values()]
+        self.chunks = [_joined(chunks) for chunks in by_shape.values()]
+        weights = [chunk.weight for chunk in self.chunks if chunk.weight is not None]
+        mean = sum(float(w.sum(dtype=torch.float64)) for w in weights) / max(sum(w.numel() for w in weights), 1)
+        for chunk in self.chunks:
+            # What nothing behind it depends on has only zero weights: there all errors count alike.
+            chunk.weight = chunk.weight + FLOOR * mean if chunk.weight is not None and mean > 0 else None
 
     def see_left(self, x: Tensor) -> None:
         """The left operand, which comes first or second."""
@@ -196,9 +204,11 @@ class Samples:
         """
         left, right, result = self._left, self._right, made.detach()
         assert left is not None
+        versions = _versions(left, right)
 
         def take(g: Tensor) -> None:
-            if live is not None and live():
+            # By now the model may have changed an operand in place: then there is no sample.
+            if live is not None and live() and _versions(left, right) == versions:
                 self._take(left, right, result, g.detach(), seen, images)
 
         if live is not None and made.requires_grad:
@@ -223,9 +233,12 @@ class Samples:
             square = None if square is None else square.reshape(-1, made.shape[-1])
             count = self._quota(self.rows, seen, images, len(left))
             at, square = _chosen(square, len(made), count)
-            self._keep(left[at], None, made[at], square)
+            self._keep(left[at], right, made[at], square)
             return
-        if left.ndim == 2 and self.product.kind != "conv":
+        if made.ndim != left.ndim or left.ndim < (3 if self.product.kind == "conv" else 2):
+            self.unusable = True
+            return
+        if left.ndim == 2:
             left, made = left[None], made[None]
             square = None if square is None else square[None]
         if len(made) != len(left):
@@ -235,20 +248,20 @@ class Samples:
         at, square = _chosen(square, len(made), count)
         left, made = left[at], made[at]
         if self.product.kind == "linear" or self.product.kind == "conv":
-            self._keep(left, None, made, square)
+            self._keep(left, right, made, square)
             return
-        assert right is not None
-        right = right.float()
-        right = (
-            right[at] if right.ndim == left.ndim and len(right) > 1 else right.expand(1, *right.shape[-left.ndim + 1 :])
-        )
+        if right is not None:
+            right = right[(None,) * (left.ndim - right.ndim)]
+            right = right[at] if len(right) > 1 else right
         some = self._rows(left, made, square) if count else (left, made, square)
-        self._keep(some[0], right, some[1], some[2])
+        self._keep(some[0], right, some[1], some[2], by_entry=True)
 
-    def _keep(self, left: Tensor, right: Tensor | None, made: Tensor, weight: Tensor | None) -> None:
+    def _keep(
+        self, left: Tensor, right: Tensor | None, made: Tensor, weight: Tensor | None, *, by_entry: bool = False
+    ) -> None:
         if len(left):
-            right = self._right if right is None and self.product.right.param is None else right
-            self.chunks.append(Chunk(left.clone(), None if right is None else right.float(), made.clone(), weight))
+            right = None if right is None else right.float().clone()
+            self.chunks.append(Chunk(left.clone(), right, made.clone(), weight, by_entry))
 
     def _is_flat(self) -> bool:
         quantizer = self.quantizers[0]
@@ -273,14 +286,19 @@ class Samples:
         return min(there, (seen + images) * wanted // self.images - seen * wanted // self.images)
 
 
-def _joined(chunks: list[Chunk], shared: bool) -> Chunk:
+def _versions(*tensors: Tensor | None) -> list[int]:
+    return [t._version for t in tensors if t is not None]
+
+
+def _joined(chunks: list[Chunk]) -> Chunk:
     first = chunks[0]
     right, weight = first.right, None
     if first.weight is not None:
         weight = torch.cat([c.weight for c in chunks if c.weight is not None])
-    if right is not None and not shared:
+    if right is not None and first.by_entry:
         right = torch.cat([c.right.expand(len(c.left), *c.right.shape[1:]) for c in chunks if c.right is not None])
-    return Chunk(torch.cat([c.left for c in chunks]), right, torch.cat([c.made for c in chunks]), weight)
+    left, made = torch.cat([c.left for c in chunks]), torch.cat([c.made for c in chunks])
+    return Chunk(left, right, made, weight, first.by_entry)
 
 
 def _chosen(square: Tensor | None, there: int, wanted: int) -> tuple[Tensor, Tensor | None]:

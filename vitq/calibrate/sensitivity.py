@@ -59,15 +59,18 @@ def run_backward(
         for batch in data:
             for part in split(batch, GRADIENT_IMAGES):
                 images = leading_size(part)
-                blocks = _Blocks(qmodel, seed + seen, roots) if through_blocks else _NoBlocks()
+                draws = [_generator(seed, seen + image) for image in range(images)]
+                blocks = _Blocks(qmodel, draws, roots) if through_blocks else _NoBlocks()
                 watch(seen, images, lambda blocks=blocks: blocks.second)  # type: ignore[misc]
                 with torch.enable_grad(), blocks:
-                    outputs = _outputs(data.forward(qmodel.model, _with_gradients(part)))
-                    starts = [_start(out.detach(), probe, seed, seen) for out in outputs]
-                    if not blocks.second:
+                    found = _outputs(data.forward(qmodel.model, _with_gradients(part)))
+                    outputs = [out for out in found if out.requires_grad]
+                    starts = [_start(out.detach(), probe, draws) for out in outputs]
+                    if outputs and not blocks.second:
                         torch.autograd.backward(outputs, starts, retain_graph=True)
                         blocks.second = True
-                    torch.autograd.backward(outputs, starts)
+                    if outputs:
+                        torch.autograd.backward(outputs, starts)
                 seen += images
             task.advance()
 
@@ -82,9 +85,9 @@ class _NoBlocks:
 class _Blocks:
     """Hooks that note the gradient at the end of every block, and in a second backward start anew from it."""
 
-    def __init__(self, qmodel: QuantModel, seed: int, roots: dict[str, Tensor]) -> None:
+    def __init__(self, qmodel: QuantModel, draws: list[torch.Generator], roots: dict[str, Tensor]) -> None:
         self.modules = {name: qmodel.model.get_submodule(name) for name in qmodel.graph.blocks}
-        self.draw = torch.Generator().manual_seed(seed)
+        self.draws = draws
         self.roots = roots
         self.second = bool(roots)
         self.noted: dict[str, Tensor] = {}
@@ -108,25 +111,32 @@ class _Blocks:
         if not self.second:
             self.noted[name] = g.detach()
             return None
-        sign = torch.randint(0, 2, g.shape, generator=self.draw).to(g) * 2 - 1
+        draws = self.draws if len(g) % len(self.draws) == 0 else self.draws[:1]
+        each = (len(g) // len(draws), *g.shape[1:])
+        sign = torch.cat([torch.randint(0, 2, each, generator=draw) for draw in draws]).to(g) * 2 - 1
         root = self.roots.get(name)
-        return sign * (self.noted.get(name, g) if root is None or root.shape != g.shape[1:] else root)
+        size = self.noted.get(name, g) if root is None or root.shape != g.shape[1:] else root
+        return sign * size.to(g)
 
 
-def _start(out: Tensor, probe: str, seed: int, seen: int) -> Tensor:
-    """The gradient at the outputs that the backward starts from, random numbers by image."""
-    draws = []
-    for image, row in enumerate(out.float()):
-        generator = torch.Generator().manual_seed(1_000_003 * seed + seen + image)
+def _generator(seed: int, image: int) -> torch.Generator:
+    return torch.Generator().manual_seed(1_000_003 * seed + image)
+
+
+def _start(out: Tensor, probe: str, draws: list[torch.Generator]) -> Tensor:
+    """The gradient at one output that the backward starts from, random numbers by image."""
+    starts = []
+    for number, row in enumerate(out.float()):
+        generator = draws[number % len(draws)]
         if probe == "fisher" and out.ndim == 2:
             p = row.softmax(0)
             label = torch.multinomial(p.cpu(), 1, generator=generator)
-            draws.append(p.index_add(0, label.to(p.device), -torch.ones_like(p[:1])))
+            starts.append(p.index_add(0, label.to(p.device), -torch.ones_like(p[:1])))
             continue
         noise = torch.randn(row.shape, generator=generator).to(row)
         root = row.softmax(0).sqrt() if out.ndim == 2 else None
-        draws.append(noise if root is None else root * (noise - (root * noise).sum() * root))
-    return torch.stack(draws).to(out.dtype)
+        starts.append(noise if root is None else root * (noise - (root * noise).sum() * root))
+    return torch.stack(starts).to(out.dtype)
 
 
 @torch.no_grad()
@@ -185,7 +195,8 @@ def _outputs(found: Any) -> list[Tensor]:
 def _with_gradients(batch: Any) -> Any:
     def one(t: Any) -> Any:
         wanted = isinstance(t, Tensor) and t.is_floating_point()
-        return t.detach().clone().requires_grad_() if wanted else t
+        # A copy that is no leaf: the model may change it in place.
+        return t.detach().requires_grad_().clone() if wanted else t
 
     return pytree.tree_map(one, batch)
 

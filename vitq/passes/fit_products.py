@@ -129,13 +129,12 @@ class FitProducts(Pass):
         with watchable(qmodel, sites), progress.task("observing products", len(data.sizes)) as task:
             try:
                 qmodel.set_state("off", [s for s in qmodel.sites() if not qmodel.quantizers[s].baked])
-                for product, samples in sampled.items():
-                    qmodel.quantizers[product.left].observer = partial(_show, samples.see_left)
-                    if product.right.param is None:
-                        qmodel.quantizers[product.right].observer = partial(_show, samples.see_right)
 
                 def watch(seen: int, images: int, live: Callable[[], bool] | None = None) -> None:
                     for product, samples in sampled.items():
+                        qmodel.quantizers[product.left].observer = partial(_show, samples.see_left)
+                        if product.right.param is None:
+                            qmodel.quantizers[product.right].observer = partial(_show, samples.see_right)
                         look = partial(samples.see_made, seen=seen, images=images, live=live)
                         qmodel.quantizers[product.left].product_observer = look
 
@@ -198,7 +197,16 @@ class FitProducts(Pass):
         else:
             bottom, top = torch.aminmax(quantizer.layout.by_group(judge.operand(side, samples.chunks[0])), dim=1)
         factors = torch.linspace(low, high, self.steps, device=bottom.device)[:, None]
-        return quantizer.variants(quantizer.range_to_params(factors * bottom, factors * top))
+        return _different(quantizer.variants(quantizer.range_to_params(factors * bottom, factors * top)))
+
+
+def _different(params: Params) -> Params:
+    """Without candidates that are the same in every group: some formats do not follow every range."""
+    rows = torch.cat(list(params.values()), dim=1)
+    number = torch.unique(rows, dim=0, return_inverse=True)[1]
+    at = torch.arange(len(rows), device=rows.device)
+    kept = at.new_full((int(number.max()) + 1,), len(rows)).scatter_reduce_(0, number, at, "amin").sort().values
+    return {name: value[kept] for name, value in params.items()}
 
 
 def _quantizer(qmodel: QuantModel, site: str) -> Quantizer | None:
