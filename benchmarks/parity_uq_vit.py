@@ -217,7 +217,7 @@ def compare_ratios(official: Official, qmodel: QuantModel, images: Tensor) -> li
         row: dict[str, object] = {"site": site, "alpha": alpha, "n": int(target.alive.sum())}
         row |= {"median_rel_diff": float(off.median()), "largest_rel_diff": float(off.max())}
         if target.after_norm:
-            # Both may differ by one constant, which the zero-point takes up. In steps; a rounded zero-point is one.
+            # They may differ by one constant, which the zero-point takes up. In steps: a zero-point rounds to one.
             between = (-shift / mine - offset)[target.alive]
             apart = (between - between.median()).abs() / target.quantizer.params()["scale"].mean()
             row |= {"median_shift_steps": float(apart.median()), "largest_shift_steps": float(apart.max())}

@@ -27,6 +27,7 @@ from vitq.core.errors import CompositionError, DataError
 from vitq.core.progress import Progress
 from vitq.core.qmodel import QuantModel
 from vitq.core.recipe import ACT_SCALES, PASSES, WEIGHT_SCALES, Pass
+from vitq.core.roles import SOFTMAX_OUT
 from vitq.quantizers.base import Params, Quantizer
 
 
@@ -38,7 +39,7 @@ class FitProducts(Pass):
     Args:
         objective: one of calibrate/objective.py.
         low, high: the ranges that are tried: the whole range times `steps` factors from low to high.
-        matmul_low, matmul_high: for products of two activations, and convolutions; as the others unless given.
+        softmax_low, softmax_high: for attention probabilities; as the others unless given.
         steps: how many.
         weights: fit parameters, too; else they keep what they have.
         rounds: how often both operands are fitted; it ends sooner where nothing changes any more.
@@ -59,8 +60,8 @@ class FitProducts(Pass):
         objective: str = "mse",
         low: float = 0.3,
         high: float = 1.2,
-        matmul_low: float | None = None,
-        matmul_high: float | None = None,
+        softmax_low: float | None = None,
+        softmax_high: float | None = None,
         steps: int = 100,
         weights: bool = True,
         rounds: int = 3,
@@ -75,8 +76,8 @@ class FitProducts(Pass):
             )
         self.objective = OBJECTIVES[objective]
         self.linear = (low, high)
-        self.matmul = (low if matmul_low is None else matmul_low, high if matmul_high is None else matmul_high)
-        if steps < 2 or rounds < 1 or not all(0 < a < b for a, b in (self.linear, self.matmul)):
+        self.softmax = (low if softmax_low is None else softmax_low, high if softmax_high is None else softmax_high)
+        if steps < 2 or rounds < 1 or not all(0 < a < b for a, b in (self.linear, self.softmax)):
             raise CompositionError("pass 'fit_products': needs 0 < low < high, two steps or more, and one round")
         self.steps, self.weights, self.rounds, self.seed = steps, weights, rounds, seed
         self.rows, self.entries, self.per_entry = rows, entries, per_entry
@@ -191,7 +192,8 @@ class FitProducts(Pass):
         return True
 
     def _candidates(self, judge: Judge, side: str, quantizer: Quantizer, samples: Samples) -> Params:
-        low, high = self.linear if judge.product.kind == "linear" else self.matmul
+        site = judge.product.left if side == "left" else judge.product.right
+        low, high = self.softmax if site.role == SOFTMAX_OUT else self.linear
         if side in samples.ranges:
             bottom, top = samples.ranges[side]
         else:

@@ -43,7 +43,8 @@ class _TwinQuantizer(Quantizer):
 
     def _step(self, high: Tensor) -> Tensor:
         """The step with which R2 ends at the top of the range."""
-        return torch.where(high < SMALLEST, NEUTRAL_MAGNITUDE, high.clamp(max=LARGEST)) / (self.each - 1)
+        step: Tensor = torch.where(high < SMALLEST, NEUTRAL_MAGNITUDE, high.clamp(max=LARGEST)) / (self.each - 1)
+        return step
 
 
 @QUANTIZERS.register("twin_softmax")
@@ -151,12 +152,14 @@ class TwinGeluQuantizer(_TwinQuantizer):
         """Nearest code of the range on the value's side of zero."""
         lower = round_ste(x / params["fine"].clamp(min=SMALLEST)).clamp(-self.each, 0)
         upper = round_ste(x / self._coarse(params)).clamp(0, self.each - 1)
-        return torch.where(x < 0, lower, upper) + self.each
+        code: Tensor = torch.where(x < 0, lower, upper) + self.each
+        return code
 
     def decode_with(self, code: Tensor, params: Params) -> Tensor:
         """Steps from zero times the step of the range."""
         steps = code - self.each
-        return steps * torch.where(steps < 0, params["fine"], self._coarse(params))
+        value: Tensor = steps * torch.where(steps < 0, params["fine"], self._coarse(params))
+        return value
 
     def simulate_with(self, x: Tensor, params: Params) -> Tensor:
         """decode(encode(x)), in place where there are no gradients."""

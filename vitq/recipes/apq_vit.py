@@ -7,12 +7,14 @@ neither method whole: its "gradient" is the output itself, and linear inputs sta
 errors is left out. BBC here: the error that a candidate leaves at the end of its block, weighed there by squared
 gradients of the divergence, is taken to first order, by pulling that metric back to the site with one backward
 (calibrate/sensitivity.py); the smallest tenth of a candidate's errors is left out. MPQ here: affine uniform codes for
-probabilities, whose range is hardly clipped (0.9 to 1.2 of it is tried).
+probabilities, whose range is hardly clipped (0.9 to 1.2 of it is tried). GELU's output keeps the twin format of
+PTQ4ViT, as in the port.
 
 It differs from the port in that weights have a scale per output channel (there one per linear, three for query, key
 and value), that the patch embedding's input has 8 bits (there float), that the tenth is taken for each candidate (there
-for all that are scored together), that GELU's output is uniform, as surveys list it (the port keeps PTQ4ViT's twin
-format), and that candidates are judged on a sample of rows (passes/fit_products.py).
+for all that are scored together), that the grid of linears and of
+queries, keys and values goes down to 0.1 (there 0.7 and 0.9: with those almost nothing is left at 4 bits once their
+inputs are quantized), and that candidates are judged on a sample of rows (passes/fit_products.py).
 """
 
 from __future__ import annotations
@@ -24,7 +26,12 @@ from vitq.core.recipe import PassSpec, Recipe, Rule, recipe
 
 @recipe
 def apq_vit(
-    weight_bits: int, act_bits: int, softmax: str = "uniform", objective: str = "blockwise", rounds: int = 3
+    weight_bits: int,
+    act_bits: int,
+    softmax: str = "uniform",
+    gelu: str = "twin_gelu",
+    objective: str = "blockwise",
+    rounds: int = 3,
 ) -> Recipe:
     """Scales by the error at the end of the block, its smallest tenth left out. Reconstruction."""
     heads = (roles.QUERY, roles.KEY, roles.VALUE)
@@ -35,13 +42,14 @@ def apq_vit(
             Rule(Format("uniform", act_bits)),
             Rule(Format("uniform", act_bits, "head"), roles=heads),
             Rule(Format(softmax, act_bits, "head"), roles=(roles.SOFTMAX_OUT,)),
+            Rule(Format(gelu, act_bits), roles=(roles.FC2_IN,), producer="gelu"),
             Rule(Format("uniform", 8), roles=(roles.PATCH_IN, roles.CONV_IN)),
             Rule(Format("uniform", weight_bits, "channel"), roles=(roles.WEIGHT,)),
         ),
         passes=(
             PassSpec.of("fit"),
             PassSpec.of(
-                "fit_products", objective=objective, rounds=rounds, low=0.7, high=1.1, matmul_low=0.9, matmul_high=1.2
+                "fit_products", objective=objective, rounds=rounds, low=0.1, high=1.2, softmax_low=0.9, softmax_high=1.2
             ),
         ),
         note="a reconstruction: the paper's formulas are not public",
