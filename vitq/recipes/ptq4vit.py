@@ -2,7 +2,7 @@
 
 Source: Yuan et al., ECCV 2022, arXiv 2111.12293; official code hahnyuan/PTQ4ViT at b42c790
 
-Symmetric uniform formats elsewhere; 100 factors of the largest magnitude from 0.01 to 1.2, three rounds, as in the code.
+Symmetric uniform formats elsewhere; 100 factors of the largest magnitude, 0.01 to 1.2, three rounds, as in the code.
 
 Differs from the official code in that gradients are those of a defined probe (the code takes the gradient of the
 divergence of the model from itself, which is float noise), that candidates are judged on a sample of rows
