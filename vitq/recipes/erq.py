@@ -16,10 +16,10 @@ Differs from the official code:
   code's way through Wqer such a linear (Swin's merging) stops in a debugger.
 - A code is flipped where that lowers the error most, after what the columns left will make up for. The code flips where
   the gradient is largest, in a metric that does not know of them, and stops at the first flip that fails.
-- A linear with fewer tokens than inputs (the head, with 32 images) keeps the nearest codes; the regression on so few
+- A linear with fewer than two tokens per input (the head, with 32 images) keeps nearest codes: a regression on so few
   makes it worse on other images. The patch embedding takes part in both (in the code, in Wqer only).
 - Weights have one scale per output channel, chosen among 100 shrunken ranges. The code has ten percentiles, and for qkv
-  and fc1 two scales per channel, the second for about 5 % of the inputs, chosen by their outliers ("dual uniform"):
+  and fc1 two scales per channel, the second for 15 to 20 % of the inputs, chosen by their outliers ("dual uniform"):
   groups of inputs that do not lie side by side, which no layout of ours has, nor an integer kernel.
 - Codes fit their bits, zero-points are whole, constant channels have no scale (the code divides 0 by 0), and the input
   of the patch embedding is quantized (to 8 bits); activations are calibrated with quantized weights. As in `repq_vit`.

@@ -34,6 +34,7 @@ from vitq.passes.shift_bias import ShiftBiasRewrite, add_to_bias
 from vitq.quantizers.base import Params, Quantizer
 
 FLOWS = ("parallel", "prefix")
+ROWS = 2  # per input, at least: with fewer, the regression fits the images and not the linear
 SMALLEST = 1e-30  # of a mean diagonal: inputs that are all zero
 
 
@@ -52,7 +53,7 @@ class RoundHalves(Pass):
             then quantized at the linear itself.
 
     The float weights stay in the model, and the codes chosen go with the quantizers. Left as they are: weights with
-    more inputs than there are tokens (a head behind a class token, with few images), weights that serve several calls,
+    fewer than two tokens per input (a head behind a class token, with few images), weights that serve several calls,
     that are computed, left in float, or inside fused attention functions; the log says how many.
     """
 
@@ -145,7 +146,7 @@ class _Rounding:
     def finish(self) -> None:
         settings, moments, module = self.settings, self.moments, self.linear.module
         used = moments.used
-        if used.count < len(used.mean):
+        if used.count < ROWS * len(used.mean):
             return
         # What a bias takes up need not concern the weight.
         h = used.matrix if module is None else used.covariance
