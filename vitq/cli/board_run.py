@@ -211,8 +211,8 @@ class Run:
         assert reference is not None
         try:
             data = self.calibration(entry.seed)
-            with self.say.counted("evaluating", len(self.evaluation)) as tell:
-                cells, correct = measure(entry, self.ground, data, reference, self.say, tell)
+            evaluating = self.say.counted("evaluating", len(self.evaluation))
+            cells, correct = measure(entry, self.ground, data, reference, self.say, evaluating)
         except Exception as error:  # whatever a recipe does to a model: the other rows are not to blame
             self.say.note(f"{entry} failed: {reason_of(error)}")
             self._add(entry, {"status": FAILED, "reason": reason_of(error)}, None)
@@ -237,9 +237,9 @@ class Run:
         rows = [] if entry is None or entry.options else beside(entry.name, self.asked.model, entry.bits)
         where = {
             "kind": "float" if entry is None else "simulated",
-            "calibration": "" if entry is None else self.asked.calib,
+            "calibration": "" if entry is None else Path(self.asked.calib).name,
             "calibration_images": "" if entry is None else self.asked.calib_size,
-            "evaluation": self.asked.evaluation,
+            "evaluation": Path(self.asked.evaluation).name,
         }
         known = {"paper": told(rows, PAPER), "official": told(rows, OFFICIAL), "status": OK, "reason": ""}
         code = {"version": __version__, "commit": commit()}

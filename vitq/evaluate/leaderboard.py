@@ -10,6 +10,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,7 @@ def measure(
     data: Batches,
     reference: Tensor,
     progress: Progress,
-    on_batch: Callable[[int], None] | None = None,
+    evaluating: AbstractContextManager[Callable[[int], None]] | None = None,
 ) -> tuple[dict[str, Any], Tensor]:
     """Quantize and evaluate: the measured cells of a row, and which images were right.
 
@@ -105,6 +106,7 @@ def measure(
 
     Args:
         reference: which images the float model gets right.
+        evaluating: gives what is called with the number of images evaluated so far.
     """
     before = float_forward_seconds(ground.model, data, FORWARDS)
     start = time.perf_counter()
@@ -114,7 +116,8 @@ def measure(
     qmodel.source, qmodel.preprocess = ground.source, ground.preprocess
     with tempfile.TemporaryDirectory() as folder:
         saved = save(qmodel, Path(folder) / "out")
-    found = evaluate_classifier(qmodel, ground.batches(), on_batch=on_batch, device=ground.device)
+    with evaluating or nullcontext() as tell:
+        found = evaluate_classifier(qmodel, ground.batches(), on_batch=tell, device=ground.device)
     correct, bits = found.predictions.correct, saved["effective_bits"]
     difference = paired_difference(correct, reference)
     top1, top1_float = (100 * float(right.double().mean()) for right in (correct, reference))

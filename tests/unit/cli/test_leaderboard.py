@@ -138,6 +138,14 @@ def test_calibration_images_of_any_seed_are_left_out_of_the_evaluation(ask: Any,
     assert "are calibrated on; they are left out" in " ".join(answer.err.split())
 
 
+def test_on_a_terminal_progress_is_shown(ask: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    answer = ask(recipes="minmax+qwt")
+    assert answer.code == 0, answer.err
+    for task in ("evaluating the float model", "evaluating", "compensating block by block"):
+        assert task in answer.err
+
+
 # -- what changed ------------------------------------------------------------------------------------------
 
 
