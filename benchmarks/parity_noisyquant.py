@@ -8,7 +8,8 @@ official `quant_forward` searches a shift and an amplitude on them; ours gets th
 and candidates:
 
 (a) form       our rewrite with the vector that the official code found: its outputs and ours;
-(b) shift      what the official search chose and what ours does, and by how much the error of ours is larger;
+(b) shift      what the official search chose and what ours does, and by how much the error of ours is larger
+               ("difference"; "error_of_none" is the official choice's error in parts of that without noise);
 (c) amplitude  likewise, around the official shift.
 
 Requires outputs to be equal but for rounding, and errors of our choices within 0.1 % of those of the official ones:
@@ -120,7 +121,7 @@ def main() -> int:
     out, loaded, count = results_folder(args), shared.model(), 1 if args.quick else 2
     official = official_module(args.official)
     seen = inputs(loaded.model, shared.calibration(0).subset(range(count)).tensor(loaded.preprocess))
-    where = {"calibration": f"{count} of calibration_seed0.txt", "seed": 0, "official": "ba544d1"}
+    where = {"calibration": f"{count} of calibration_seed0.txt", "seed": 0, "official_commit": "ba544d1"}
     where |= shared.weights() | provenance()
     rows, failed, steps = list[dict[str, Any]](), False, Steps(len(LINEARS))
     for name in LINEARS:
@@ -157,13 +158,14 @@ def compare(official: ModuleType, linear: nn.Module, x: Tensor) -> list[dict[str
     }
     ours = frozen(linear, quantizer, vector, x)
     far = float((ours - theirs).abs().max() / ours.abs().max())
-    found = [{"part": "form", "difference": f"{far:.2e}", "passed": far < OUTPUTS}]
+    nothing = dict.fromkeys(("official", "ours", "error_of_none"), "")
+    found: list[dict[str, Any]] = [{"part": "form"} | nothing | {"difference": f"{far:.1e}", "passed": far < OUTPUTS}]
     for part, (chosen, candidates) in tried.items():
         best = min(candidates, key=error)
         excess = error(best) / error(chosen) - 1
         middle, strength = float((best / step).mean()), float(((best - shift) / step).abs().max())
         row = {"part": part, "official": _told(chosen, shift, step), "ours": f"{middle:.3f} +- {strength:.3f}"}
-        row |= {"error_of_none": f"{error(chosen) / error(0 * draw):.4f}", "excess": f"{excess:.1e}"}
+        row |= {"error_of_none": f"{error(chosen) / error(0 * draw):.4f}", "difference": f"{excess:.1e}"}
         found.append(row | {"passed": abs(excess) < ERRORS})
     return found
 
