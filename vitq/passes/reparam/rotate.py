@@ -177,7 +177,7 @@ class Rotate(Pass):
         for kind, all_of_kind in several.items():
             # Drawn for what is switched off as well, so that the others keep their matrices.
             seeds = torch.randint(2**31, (len(all_of_kind),), generator=draw).tolist()
-            rewrites += [(kind, *_rewrite(one, seed)) for one, seed in zip(all_of_kind, seeds, strict=True)]
+            rewrites += [(kind, *rewrite_of(one, seed)) for one, seed in zip(all_of_kind, seeds, strict=True)]
         trial = Trial(qmodel, data)
         rotated, undone = dict.fromkeys(self.kinds, 0), dict.fromkeys(self.kinds, 0)
         chosen = [entry for entry in rewrites if self.kinds[entry[0]]]
@@ -194,7 +194,8 @@ class Rotate(Pass):
         qmodel.log["rotate"] = {"rotated": rotated, "undone": undone, "left": left}
 
 
-def _rewrite(found: Stream | Scores | Values, seed: int) -> tuple[Rewrite, list[str]]:
+def rewrite_of(found: Stream | Scores | Values, seed: int) -> tuple[Rewrite, list[str]]:
+    """The rewrite of what was found, and the parameters that it changes."""
     if isinstance(found, Stream):
         whole = RotateStream.of(found, seed)
         return whole, whole.parameters()
