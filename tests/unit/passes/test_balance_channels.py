@@ -23,6 +23,7 @@ from vitq.core.progress import Silent
 from vitq.core.qmodel import QuantModel
 from vitq.core.recipe import PassSpec, resolve_recipe
 from vitq.data.zoo import build_zoo, seeded_images
+from vitq.graph import integer
 from vitq.graph.trace import trace
 from vitq.passes.fit import Fit
 from vitq.passes.reparam.balance import AFTER_NORM, ELSEWHERE, BalanceChannels, _error, _steps_of_columns, _Target
@@ -372,11 +373,11 @@ def test_an_artifact_a_copy_a_pickle_and_float_weights_compute_the_same(name: st
     assert (run(kept, images) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
 
-@pytest.mark.xfail(reason="issue 4: not looked into")
-def test_a_balanced_model_is_exported_and_compiled() -> None:
+def test_a_balanced_model_is_exported_and_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(integer, "_AVAILABLE", False)  # products of codes agree to float precision only
     images = seeded_images(4)
-    qmodel = vitq.quantize(outlying("seeded_vit"), "uq_vit", "w4a4", images, options=ALL)
+    qmodel = vitq.quantize(outlying("seeded_vit"), "uq_vit", "w4a4", images, options=ALL).requires_grad_(False)
     expected = run(qmodel, images)
-    program = torch.export.export(qmodel, (images,)).module()
-    torch.testing.assert_close(run(program, images), expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(run(torch.export.export(qmodel, (images,)).module(), images), expected)
+    torch._dynamo.reset()
     assert torch.equal(run(torch.compile(qmodel, fullgraph=True, backend="eager"), images), expected)

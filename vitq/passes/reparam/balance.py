@@ -146,8 +146,10 @@ class _Target:
     rows: list[Tensor] = field(default_factory=list)
 
     def balance(self, search: Search) -> float | None:
-        """Rewrite the model by the best ratio; its alpha."""
+        """Rewrite the model by the best ratio; its alpha. Without rows to try on, all channels stay as they are."""
         x, weights = torch.cat(self.rows), [(w * self.alive, quantizer) for w, quantizer in self.weights]
+        if not len(x):
+            return None
         steps = _steps_of_columns(torch.cat([w for w, _ in weights]), search)
         some_quantized = any(quantizer is not None for _, quantizer in weights)
         # Weights in float need no relief: what is left to them costs nothing.
