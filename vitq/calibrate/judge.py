@@ -87,11 +87,9 @@ class Judge:
         return total / max(values, 1)
 
     def _error_alone(self, x: Tensor, quantizer: Quantizer, params: Params) -> Tensor:
-        wanted = quantizer.layout.by_group(x)[:, None]
-        tried = simulated(quantizer, params, x)
-        return self.objective(
-            torch.stack([quantizer.layout.by_group(one)[:, None] for one in tried]).sub_(wanted), wanted
-        )
+        layout = quantizer.layout
+        error = layout.by_group(simulated(quantizer, params, x).sub_(x), lead=1)
+        return self.objective(error[:, :, None], layout.by_group(x)[:, None])
 
     def _error_of(self, side: str, chunk: Chunk, dims: tuple[int, ...]) -> Callable[[Quantizer, Params], Tensor]:
         x, (plain, factor) = self.operand(side, chunk), self._plain(chunk)

@@ -92,8 +92,14 @@ def _convolved(conv: nn.Module, left: Tensor, right: Tensor) -> Tensor:
         return found
 
     if left.ndim > dims:
-        return torch.stack([one(x, right) for x in left])
-    return torch.stack([one(left, weight) for weight in right]) if right.ndim > dims else one(left, right)
+        made: Tensor = one(left.flatten(0, 1), right).unflatten(0, left.shape[:2])
+        return made
+    if right.ndim == dims:
+        return one(left, right)
+    if conv.groups > 1:
+        return torch.stack([one(left, weight) for weight in right])
+    made = one(left, right.flatten(0, 1)).unflatten(1, right.shape[:2])
+    return made.movedim(1, 0)
 
 
 def products(qmodel: QuantModel) -> list[Product]:

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from vitq.core.batches import Batches
     from vitq.core.qmodel import QuantModel
 
-SLOTS = ("rewrite", "formats", "fit", "round", "compensate", "tune")
-SHARED_SLOTS = ("rewrite", "fit")  # several passes of one recipe may own these; a modifier may add to them
+SLOTS = ("rewrite", "formats", "fit", "round", "compensate", "tune", "finish")
+SHARED_SLOTS = ("rewrite", "fit", "finish")  # several passes of one recipe may own these; a modifier may add to them
 WEIGHT_SCALES = "weight scales"
 ACT_SCALES = "activation scales"
 
@@ -39,16 +39,18 @@ class Rule:
         roles: of these roles; () for every role.
         producer: only where this activation function made the tensor.
         after_norm: only where a LayerNorm made the tensor and channel scales can be folded into it.
+        axis: only where the tensor has this axis: fused attention of torch knows no heads.
     """
 
     format: Format | None
     roles: tuple[str, ...] = ()
     producer: str | None = None
     after_norm: bool = False
+    axis: str | None = None
 
     def matches(self, site: Site) -> bool:
         """Whether the rule speaks about a site."""
-        if self.after_norm and site.norm is None:
+        if (self.after_norm and site.norm is None) or (self.axis is not None and self.axis not in site.axes):
             return False
         return (not self.roles or site.role in self.roles) and self.producer in (None, site.producer)
 
@@ -59,6 +61,7 @@ class Rule:
             "roles": list(self.roles),
             "producer": self.producer,
             "after_norm": self.after_norm,
+            "axis": self.axis,
         }
 
 
@@ -149,6 +152,7 @@ class Recipe:
                 tuple(r["roles"]),
                 r["producer"],
                 r["after_norm"],
+                r.get("axis"),  # artifacts of before have none
             )
             for r in data["formats"]
         )

@@ -17,10 +17,11 @@ from typing import final
 import torch
 from torch import Tensor
 
-from vitq.calibrate.judge import Judge
+from vitq.calibrate.judge import PART, Judge
 from vitq.calibrate.linears import watchable
 from vitq.calibrate.objective import OBJECTIVES
 from vitq.calibrate.products import Product, Samples, products
+from vitq.calibrate.progressive import finalists
 from vitq.calibrate.sensitivity import run_backward
 from vitq.core.batches import Batches
 from vitq.core.errors import CompositionError, DataError
@@ -29,6 +30,8 @@ from vitq.core.qmodel import QuantModel
 from vitq.core.recipe import ACT_SCALES, PASSES, WEIGHT_SCALES, Pass
 from vitq.core.roles import SOFTMAX_OUT
 from vitq.quantizers.base import Params, Quantizer
+
+Operands = tuple[Quantizer | None, Quantizer | None]
 
 
 @PASSES.register("fit_products")
@@ -43,6 +46,9 @@ class FitProducts(Pass):
         steps: how many.
         weights: fit parameters, too; else they keep what they have.
         rounds: how often both operands are fitted; it ends sooner where nothing changes any more.
+        search: "grid" (these ranges) or "progressive" (calibrate/progressive.py, which has ranges of its own).
+        alone: fit every operand by its own error first.
+        mixed: only operands whose scale groups mix in the product: channel scales of inputs, before they are folded.
         rows: sample of rows of a linear; entries, per_entry: images or windows of a product of activations, and rows
             of each. 0 takes all.
 
@@ -65,6 +71,9 @@ class FitProducts(Pass):
         steps: int = 100,
         weights: bool = True,
         rounds: int = 3,
+        search: str = "grid",
+        alone: bool = False,
+        mixed: bool = False,
         rows: int = 256,
         entries: int = 16,
         per_entry: int = 32,
@@ -79,7 +88,10 @@ class FitProducts(Pass):
         self.softmax = (low if softmax_low is None else softmax_low, high if softmax_high is None else softmax_high)
         if steps < 2 or rounds < 1 or not all(0 < a < b for a, b in (self.linear, self.softmax)):
             raise CompositionError("pass 'fit_products': needs 0 < low < high, two steps or more, and one round")
+        if search not in ("grid", "progressive"):
+            raise CompositionError(f"pass 'fit_products': unknown search {search!r}; use grid or progressive")
         self.steps, self.weights, self.rounds, self.seed = steps, weights, rounds, seed
+        self.search, self.alone, self.mixed = search, alone, mixed
         self.rows, self.entries, self.per_entry = rows, entries, per_entry
 
     def check(self, qmodel: QuantModel, data: Batches | None) -> None:
@@ -91,26 +103,22 @@ class FitProducts(Pass):
     def run(self, qmodel: QuantModel, data: Batches | None, progress: Progress) -> None:
         """Fit every product."""
         assert data is not None
-        found = products(qmodel)
+        every = products(qmodel)
+        found = [p for p in every if self._sides(p, _quantizers(qmodel, p))]
         sampled = self._sample(qmodel, found, data, progress)
-        fitted = 0
-        gains = []
+        gains: list[float] = []
         with progress.task("fitting products", len(found)) as task:
             for product in found:
                 samples = sampled.pop(product)
                 samples.merge()
-                gain = None
                 if samples.chunks and not samples.unusable:
                     judge = Judge(qmodel.model, product, samples.chunks, samples.quantizers, self.objective)
-                    gain = self._fit(judge, samples)
-                if gain is not None:
-                    gains.append(gain)
-                    fitted += 1
+                    gains.append(self._fit(judge, samples))
                 task.advance()
         mean = sum(gains) / len(gains) if gains else 1.0
         qmodel.log[self.name] = {
-            "fitted": fitted,
-            "kept": len(found) - fitted,
+            "fitted": len(gains),
+            "kept": len(every) - len(gains),
             "error_of_before": round(mean, 4),
         }
 
@@ -120,11 +128,8 @@ class FitProducts(Pass):
         everything = 2**62
         sampled = {}
         for product in found:
-            both = (_quantizer(qmodel, product.left.id), _quantizer(qmodel, product.right.id))
-            sampled[product] = Samples(
-                product, both, self.rows or everything, self.entries or everything, self.per_entry or everything,
-                data.count,
-            )  # fmt: skip
+            limits = (self.rows or everything, self.entries or everything, self.per_entry or everything)
+            sampled[product] = Samples(product, _quantizers(qmodel, product), *limits, data.count)
         states = {s.id: qmodel.quantizers[s].state for s in qmodel.sites()}
         sites = list({s.id: s for p in found for s in (p.left, p.right)}.values())
         with watchable(qmodel, sites), progress.task("observing products", len(data.sizes)) as task:
@@ -157,49 +162,59 @@ class FitProducts(Pass):
                     qmodel.quantizers[name].state = state
         return sampled
 
-    def _fit(self, judge: Judge, samples: Samples) -> float | None:
+    def _fit(self, judge: Judge, samples: Samples) -> float:
         """Alternate until nothing changes; the share of the error that is left."""
-        product = judge.product
-        sides = ["right", "left"] if product.kind in ("linear", "conv") else ["left", "right"]
-        sides = [side for side in sides if self._searched(judge, side)]
-        if not sides:
-            return None
+        sides = self._sides(judge.product, judge.quantizers)
         before = judge.error()
+        for side in sides if self.alone else ():
+            self._search(judge, side, samples, alone=True)
         for _ in range(self.rounds):
             changed = [self._search(judge, side, samples) for side in sides]
             if not any(changed) or len(sides) == 1:
                 break
         return judge.error() / before if before > 0 else 1.0
 
-    def _searched(self, judge: Judge, side: str) -> bool:
-        quantizer = judge.quantizers[side == "right"]
-        if quantizer is None or quantizer.baked:
-            return False
-        parameter = judge.product.right.param is not None
-        return side == "left" or (judge.product.owns_right and (self.weights or not parameter))
+    def _sides(self, product: Product, quantizers: Operands) -> list[str]:
+        """Which operands are fitted, in order: weights before inputs."""
+        sides = ["right", "left"] if product.kind in ("linear", "conv") else ["left", "right"]
+        return [side for side in sides if self._searched(product, side, quantizers[side == "right"])]
 
-    def _search(self, judge: Judge, side: str, samples: Samples) -> bool:
+    def _searched(self, product: Product, side: str, quantizer: Quantizer | None) -> bool:
+        if quantizer is None or quantizer.baked or (self.mixed and product.groups_of(side, quantizer) is not None):
+            return False
+        parameter = product.right.param is not None
+        return side == "left" or (product.owns_right and (self.weights or not parameter))
+
+    def _search(self, judge: Judge, side: str, samples: Samples, *, alone: bool = False) -> bool:
         """Take the best of the candidates and of what there is; whether that is something new."""
         quantizer = judge.quantizers[side == "right"]
         assert quantizer is not None
         now = {name: value.reshape(1, -1) for name, value in quantizer.params().items()}
-        tried = self._candidates(judge, side, quantizer, samples)
+        found = self._progressive if self.search == "progressive" else self._grid
+        tried = found(judge, side, quantizer, samples, now, alone)
         tried = {name: torch.cat([now[name], tried[name]]) for name in quantizer.fields}
-        best = judge.best(side, tried)
+        best = judge.best(side, tried, alone=alone)
         if not bool(best.any()):
             return False
         quantizer.set_params({name: value.gather(0, best)[0] for name, value in tried.items()})
         return True
 
-    def _candidates(self, judge: Judge, side: str, quantizer: Quantizer, samples: Samples) -> Params:
+    def _grid(
+        self, judge: Judge, side: str, quantizer: Quantizer, samples: Samples, now: Params, alone: bool
+    ) -> Params:
         site = judge.product.left if side == "left" else judge.product.right
         low, high = self.softmax if site.role == SOFTMAX_OUT else self.linear
-        if side in samples.ranges:
-            bottom, top = samples.ranges[side]
-        else:
-            bottom, top = torch.aminmax(quantizer.layout.by_group(judge.operand(side, samples.chunks[0])), dim=1)
+        bottom, top = _range(judge, side, quantizer, samples)
         factors = torch.linspace(low, high, self.steps, device=bottom.device)[:, None]
         return _different(quantizer.variants(quantizer.range_to_params(factors * bottom, factors * top)))
+
+    def _progressive(
+        self, judge: Judge, side: str, quantizer: Quantizer, samples: Samples, now: Params, alone: bool
+    ) -> Params:
+        ends = [_range(judge, side, quantizer, samples), _middle(judge, side, quantizer, samples)]
+        whole, middle = (quantizer.range_to_params(low[None], high[None]) for low, high in ends)
+        share = 1.0 if side == "left" and judge.product.kind in ("linear", "conv") else 0.5
+        return finalists(quantizer, partial(judge.score, side, alone=alone, part=PART), now, middle, whole, share)
 
 
 def _different(params: Params) -> Params:
@@ -209,6 +224,22 @@ def _different(params: Params) -> Params:
     at = torch.arange(len(rows), device=rows.device)
     kept = at.new_full((int(number.max()) + 1,), len(rows)).scatter_reduce_(0, number, at, "amin").sort().values
     return {name: value[kept] for name, value in params.items()}
+
+
+def _range(judge: Judge, side: str, quantizer: Quantizer, samples: Samples) -> tuple[Tensor, Tensor]:
+    if side in samples.ranges:
+        return samples.ranges[side]
+    return torch.aminmax(quantizer.layout.by_group(judge.operand(side, samples.chunks[0])), dim=1)
+
+
+def _middle(judge: Judge, side: str, quantizer: Quantizer, samples: Samples) -> tuple[Tensor, Tensor]:
+    chunks = samples.chunks if side in samples.ranges else samples.chunks[:1]
+    values = [quantizer.layout.by_group(judge.operand(side, chunk)) for chunk in chunks]
+    return quantizer.middle(torch.cat(values, dim=1))
+
+
+def _quantizers(qmodel: QuantModel, product: Product) -> Operands:
+    return _quantizer(qmodel, product.left.id), _quantizer(qmodel, product.right.id)
 
 
 def _quantizer(qmodel: QuantModel, site: str) -> Quantizer | None:

@@ -21,6 +21,8 @@ from vitq.core.errors import DataError, InputError, NotFittedError
 from vitq.quantizers.common import AnyQuantizer
 from vitq.quantizers.layout import Layout
 
+MIDDLE = 0.9  # share of the values below the upper end of their middle, and above the lower one
+
 Params = dict[str, Tensor]
 
 
@@ -65,6 +67,15 @@ class Quantizer(AnyQuantizer):
     def variants(self, params: Params) -> Params:
         """Parameters worth comparing for (K, G) ranges: more than K where a format has more to choose than a range."""
         return params
+
+    def alternatives(self, params: Params, share: float) -> Params:
+        """(A, G) what else to try with a range (1, G): for whole zero-points, on this share of the codes."""
+        return self.variants(params)
+
+    def middle(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(G,) ends of where most of the values (G, n) are: there, a search of ranges starts."""
+        ordered, last = x.sort(dim=1).values, x.shape[1] - 1
+        return ordered[:, round((1 - MIDDLE) * last)], ordered[:, round(MIDDLE * last)]
 
     def simulate_with(self, x: Tensor, params: Params) -> Tensor:
         """decode(encode(x)); a subclass may have a shorter way to the same bits."""

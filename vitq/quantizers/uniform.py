@@ -24,6 +24,7 @@ FINEST_STEP = 2.0**-22  # … and with more codes that is so earlier: beyond 2**
 SMALLEST = 1e-30  # a range below it is zero
 LARGEST = torch.finfo(torch.float32).max / 2  # so that high - low is finite
 NEUTRAL_MAGNITUDE = 1e-5
+ZERO_POINTS = 16  # at most so many are tried with a scale
 
 
 @QUANTIZERS.register("uniform")
@@ -86,6 +87,15 @@ class UniformQuantizer(Quantizer):
         scale = torch.where(dead, neutral, (high - low) / top)
         zero_point = torch.where(dead, torch.where(low < 0, float(top), 0.0), (-low / scale).round())
         return {"scale": scale, "zero_point": zero_point}
+
+    def alternatives(self, params: Params, share: float) -> Params:
+        """A window of zero-points around the one that there is, in code range; a symmetric one stays."""
+        if self.symmetric:
+            return params
+        scale, count = params["scale"], min(ZERO_POINTS, int(2**self.bits * share))
+        first = (params["zero_point"].round() - count // 2).clamp(0, 2**self.bits - count)
+        window = torch.arange(count, device=scale.device, dtype=scale.dtype)[:, None]
+        return {"scale": scale.expand(count, -1), "zero_point": first + window}
 
     def encode_with(self, x: Tensor, params: Params) -> Tensor:
         """Nearest code, ties to even."""

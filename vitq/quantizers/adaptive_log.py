@@ -1,0 +1,212 @@
+"""A logarithmic format whose base is chosen: 2**(q / 37) with a whole q.
+
+Shapes:  x, code, value  any      scale, q  broadcastable to x
+Units:   a code counts steps of q / 37 octaves below scale; code 0 is the largest value
+Formula: code = clamp(round(37 / q * log2(scale / (x + c))), 0, 2**bits - 2), or 2**bits - 1 for zero
+         value = scale * 2**-floor(code q / 37) * T - c, T = 2**-frac(code q / 37) rounded to a multiple of
+         1 / (2**(bits + 1) - 2): a shift and a short factor from a table
+         c = 0, or SHIFT with `shifted`: minus the least value of GELU, so that what is quantized is not negative
+Source:  AdaLog, arXiv 2407.12951, section 3.2 and 3.3; official code GoatWu/AdaLog at 75a57d2, logarithm.py
+
+Differs from the official code as `log.py` does: the last code means zero; `extra_zero_level=True` gives zero a code of
+its own (parity mode, which export refuses). Levels end OCTAVES below the scale, where those of many bits could go on.
+No logarithm is computed: codes lie between bounds, so they are the same on every machine.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import final
+
+import torch
+from torch import Tensor
+
+from vitq.core.errors import InputError
+from vitq.core.rounding import straight_through
+from vitq.quantizers.base import MIDDLE, Params, Quantizer
+from vitq.quantizers.layout import Layout
+from vitq.quantizers.registry import QUANTIZERS
+
+STEPS = 37  # of an octave: q counts them
+FIRST, LAST = 10, 137  # q that are tried: bases 1.2 to 13
+BASE_TWO = 37.0  # q before one is chosen
+SHIFT = 0.16997124254703522  # GELU(x) >= -SHIFT
+OCTAVES = 20  # levels further below the scale are zero: float32 has no room for them beside SHIFT
+SMALLEST = 1e-30  # a scale for a group that is all zero
+LARGEST = torch.finfo(torch.float32).max / 2
+CHUNK = 2**15  # values looked up at a time: they stay in the cache
+
+# The bits of a float32, read as a whole number, are a line through its logarithm: never above it, and at most 0.0861
+# octaves below. So they name a step or the one after it, as long as a step has more octaves than that.
+UNIT = 2**23
+BIAS = 127
+SLACK = 1e-3  # of a step: what float32 loses on the way
+
+
+@QUANTIZERS.register("adalog")
+@final
+class AdaLogQuantizer(Quantizer):
+    """value = scale * 2**(-code q / 37), with a code for exact zero.
+
+    Args:
+        bits: code width.
+        layout: scale groups.
+        shifted: for values from -SHIFT on, the output of GELU.
+        unit: the scale is one, for probabilities; only the base is chosen.
+        fixed: q, where it is not to be chosen; 18.5 is base sqrt(2).
+        extra_zero_level: 2**bits levels, and zero besides (parity mode).
+    """
+
+    fields = ("scale", "q")
+    descending = True
+
+    def __init__(
+        self,
+        bits: int,
+        layout: Layout | None = None,
+        *,
+        shifted: bool = False,
+        unit: bool = False,
+        fixed: float = 0.0,
+        extra_zero_level: bool = False,
+    ) -> None:
+        super().__init__(bits, layout)
+        if fixed and not FIRST <= fixed <= LAST:
+            raise InputError(f"format 'adalog': fixed q {fixed} is not in {FIRST} to {LAST}; 0 lets it be chosen")
+        self.shifted, self.unit, self.fixed = shifted, unit, fixed
+        self.extra_zero_level = extra_zero_level
+        self.exportable = not extra_zero_level
+        self.zero_code = 2**bits if extra_zero_level else 2**bits - 1
+        self.one_sided = not shifted
+
+    def settings(self) -> dict[str, bool | int | float | str]:
+        """Options as keywords."""
+        names = ("shifted", "unit", "fixed", "extra_zero_level")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def code_count(self) -> int:
+        """Number of codes, the zero code included."""
+        return int(self.zero_code) + 1
+
+    @property
+    def shift(self) -> float:
+        """What is added to values before they are quantized, and taken off afterwards."""
+        return SHIFT if self.shifted else 0.0
+
+    def unshift(self) -> float:
+        """From now on values come with the shift added, and stay so; what the shift was."""
+        shift, self.shifted, self.one_sided = self.shift, False, True
+        return shift
+
+    def side_bits(self) -> int:
+        """A float32 scale and a q of one byte per group."""
+        return self.layout.groups * (32 + 8)
+
+    def range_to_params(self, low: Tensor, high: Tensor) -> Params:
+        """The scale is the top of the range; `low` is not used: zero, or -SHIFT, always has a code."""
+        scale = (high.clamp(min=0) + self.shift).clamp(SMALLEST, LARGEST)
+        return {
+            "scale": torch.ones_like(scale) if self.unit else scale,
+            "q": torch.full_like(scale, self.fixed or BASE_TWO),
+        }
+
+    def variants(self, params: Params) -> Params:
+        """Each of the K ranges with each base."""
+        if self.fixed:
+            return params
+        scale = params["scale"]
+        q = torch.arange(FIRST, LAST + 1, device=scale.device, dtype=scale.dtype)
+        repeated = q.repeat(len(scale))[:, None].expand(-1, scale.shape[1])
+        return {"scale": scale.repeat_interleave(len(q), dim=0), "q": repeated}
+
+    def middle(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Up to the value that MIDDLE of the positive ones are below."""
+        ordered = x.sort(dim=1, descending=True).values
+        at = ((1 - MIDDLE) * x.gt(0).sum(1, keepdim=True)).long()
+        return x.new_zeros(len(x)), ordered.gather(1, at)[:, 0]
+
+    def encode_with(self, x: Tensor, params: Params) -> Tensor:
+        """Nearest code in the logarithmic domain; zero and what is too small get the zero code."""
+        q, y = params["q"], self._share(x, params)
+        code = self._looked_up(y.detach(), q, self._codes(q).float())
+        return straight_through(code, y.log2() * (-STEPS / q)) if y.requires_grad else code
+
+    def decode_with(self, code: Tensor, params: Params) -> Tensor:
+        """scale * base**-code - shift; the zero code is -shift."""
+        q, number = params["q"], code.detach().nan_to_num(0.0).clamp(0, self.zero_code)
+        every = torch.arange(self.code_count, device=q.device)
+        level = _picked(self._levels(q, every.expand(*q.shape, -1)), number)
+        soft = straight_through(level, torch.exp2(code * (-q / STEPS))) if code.requires_grad else level
+        value = torch.where(level > 0, params["scale"] * soft, 0.0) + 0.0 * code  # NaN stays NaN
+        return value - self.shift if self.shifted else value
+
+    def simulate_with(self, x: Tensor, params: Params) -> Tensor:
+        """decode(encode(x)), piece by piece where there are no gradients."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self.decode_with(self.encode_with(x, params), params)
+        q, y = params["q"], self._share(x, params)
+        levels = self._levels(q, self._codes(q))
+        if q.numel() == 1 and y.is_contiguous():
+            for part in y.view(-1).split(CHUNK):
+                part.copy_(self._looked_up(part, q.reshape(1), levels.reshape(1, -1)))
+        else:
+            y = self._looked_up(y, q, levels)
+        y = y.mul_(params["scale"])
+        return y.sub_(self.shift) if self.shifted else y
+
+    def _share(self, x: Tensor, params: Params) -> Tensor:
+        """A new tensor of x in parts of the scale, in [2**-(OCTAVES + 2), 1]: what is smaller is zero anyway."""
+        y = (x + self.shift) / params["scale"] if self.shifted else x / params["scale"]
+        return y.clamp(2.0 ** -(OCTAVES + 2), 1.0) if y.requires_grad else y.clamp_(2.0 ** -(OCTAVES + 2), 1.0)
+
+    def _looked_up(self, y: Tensor, q: Tensor, table: Tensor) -> Tensor:
+        """table (*q.shape, steps), a value for each number of steps below the scale, at the steps of y; NaN for NaN."""
+        per_octave = STEPS / q
+        steps = y.view(torch.int32).to(torch.float32).mul_(per_octave / -UNIT)
+        steps = steps.add_(BIAS * per_octave - (0.5 - SLACK)).clamp_(0, 2**self.bits).floor_()
+        steps.add_(_picked(self._bounds(q), steps).gt_(y))  # the right one, or the one before it
+        return _picked(table, steps).add_(y, alpha=0)
+
+    def _bounds(self, q: Tensor) -> Tensor:
+        """(*q.shape, 2**bits + 1) least float32 that is nearest to each number of steps (ties to even); the last 0."""
+        step = torch.arange(2**self.bits + 1, device=q.device, dtype=torch.float64)
+        bound = torch.exp2((step + 0.5) * q.double()[..., None] / -STEPS)
+        near = bound.float()
+        below = near < bound
+        below |= (near == bound) & (step % 2 == 1)
+        near = torch.where(below, near.nextafter(torch.ones_like(near)), near)
+        return near.masked_fill(step == 2**self.bits, 0.0)
+
+    def _codes(self, q: Tensor) -> Tensor:
+        """(*q.shape, 2**bits + 1) the code of each number of steps."""
+        step = torch.arange(2**self.bits + 1, device=q.device)
+        zero_from = (self._longest(q) + 1).clamp(max=2**self.bits)
+        kept = torch.minimum(step, self._last(q))
+        return torch.where(step >= zero_from, self.zero_code, kept)
+
+    def _levels(self, q: Tensor, code: Tensor) -> Tensor:
+        """Values of codes (*q.shape, any), in parts of the scale; float32."""
+        position = code * q.double()[..., None]
+        octave = (position / STEPS).floor()
+        top = 2 ** (self.bits + 1) - 2
+        factor = (torch.exp2((octave * STEPS - position) / STEPS) * top).round() / top
+        return torch.where(code <= self._last(q), factor * torch.exp2(-octave), 0.0).float()
+
+    def _longest(self, q: Tensor) -> Tensor:
+        """(*q.shape, 1) whole steps in OCTAVES."""
+        return (OCTAVES * STEPS / q.double()[..., None]).floor()
+
+    def _last(self, q: Tensor) -> Tensor:
+        """(*q.shape, 1) code of the smallest level."""
+        return self._longest(q).clamp(max=self.zero_code - 1)
+
+
+def _picked(table: Tensor, index: Tensor) -> Tensor:
+    """table (*shape, n) at whole numbers `index`, which broadcasts with that shape."""
+    each, rows = table.shape[-1], table.shape[:-1]
+    number = index.to(torch.int32)
+    if math.prod(rows) > 1:
+        start = torch.arange(math.prod(rows), device=table.device, dtype=torch.int32).mul_(each)
+        number = number + start.reshape(rows)
+    return table.reshape(-1).index_select(0, number.reshape(-1)).reshape(number.shape)
