@@ -4,8 +4,8 @@ DeiT-Tiny with real weights, float activations of calibration photos. Official c
 run unchanged on the CPU; recipe `adalog` runs in parity mode, which has their extra zero level.
 
 format  the same scale and base on both sides: how many values are equal
-search  each product of some blocks searched by both, one quantized at a time: error of its result in parts of the result,
-        on the photos that were searched on ("seen") and on others, with the CPU seconds that the search took
+search  each product of some blocks searched by both, one quantized at a time: error of its result in parts of the
+        result, on the photos that were searched on ("seen") and on others, with the CPU seconds that the search took
 """
 
 from __future__ import annotations
