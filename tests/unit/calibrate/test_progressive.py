@@ -57,7 +57,7 @@ def uniform_error(x: list[float], scale: float, zero_point: float, bits: int) ->
 
 @pytest.mark.parametrize(("bits", "share", "zero_points"), [(3, 0.5, 4), (3, 1.0, 8), (4, 1.0, 16)])
 def test_uniform_scales_and_zero_points_are_those_of_a_slow_loop(bits: int, share: float, zero_points: int) -> None:
-    """zero-points x scales, (P90 - P10) / (2^b - 1) to (max - min) / (2^b - 1): 128; 16 kept, 8 children, 6 times."""
+    """zero-points x scales from (P90 - P10) / (2^b - 1) to (max - min) / (2^b - 1); 16 kept, 8 children, 6 times."""
     x = values()[:2, ::4]
     quantizer = UniformQuantizer(bits, Layout((-2,), (2,), 2))
     found, score = searched(quantizer, x, share)

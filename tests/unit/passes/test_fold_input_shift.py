@@ -1,4 +1,4 @@
-"""Moving the constant of GELU's format into the model: same outputs, other codes; and where it must not be moved."""
+"""Moving the constant of the format behind GELU into the model: the same outputs, other codes, and where it stays."""
 
 from __future__ import annotations
 

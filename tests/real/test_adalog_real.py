@@ -1,0 +1,112 @@
+"""What the parts of AdaLog are for, on real weights and photos it was not fitted on. Skipped where ../shared is absent."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import vitq
+from vitq.calibrate.linears import linears
+from vitq.calibrate.progressive import finalists
+from vitq.core import roles
+from vitq.core.format import Format
+from vitq.core.recipe import PassSpec, Recipe, Rule
+from vitq.data.images import open_images
+from vitq.data.source import LoadedModel, load_model
+from vitq.quantizers.base import Params
+from vitq.quantizers.layout import Layout
+from vitq.quantizers.uniform import UniformQuantizer
+
+pytestmark = pytest.mark.real
+MODEL = "deit_tiny_patch16_224"
+CALIBRATION, OTHERS = 8, 8
+
+
+@pytest.fixture(scope="module")
+def loaded(shared: Path) -> LoadedModel:
+    return load_model(MODEL, shared / "models" / f"{MODEL}.safetensors")
+
+
+@pytest.fixture(scope="module")
+def photos(shared: Path, loaded: LoadedModel) -> tuple[Tensor, Tensor]:
+    """To calibrate on, and others."""
+    sample = shared / "data" / "imagenet_sample"
+    calib = open_images(sample / "calib", labels="none").sample(CALIBRATION, seed=0).tensor(loaded.preprocess)
+    others = open_images(sample / "ablate", labels="none").sample(OTHERS, seed=0).tensor(loaded.preprocess)
+    return calib, others
+
+
+def product_errors(loaded: LoadedModel, fmt: Format, role: str, photos: tuple[Tensor, Tensor]) -> dict[str, float]:
+    """Error of the products that a role is the left operand of, in parts of the products; all else is float."""
+    fit = PassSpec.of("fit_products", search="progressive", rows=64, entries=8)
+    recipe = Recipe("one", "none", (Rule(None), Rule(fmt, (role,))), (PassSpec.of("fit"), fit))
+    qmodel = vitq.quantize(loaded.model, recipe, f"w16a{fmt.bits}", photos[0], freeze=False)
+    made: dict[str, list[Tensor]] = {}
+    for state in ("off", "on"):
+        for site in qmodel.sites():
+            kept = made.setdefault(site.id, [])
+            # Only its own operand is quantized: the operands come from the float model.
+            qmodel.set_state("off")
+            qmodel.set_state(state, [site])
+            quantizer = qmodel.quantizers[site]
+            quantizer.observer = lambda q, x: None  # so that a product of float operands is shown, too
+            quantizer.product_observer = lambda x, kept=kept: kept.append(x.double())
+            with torch.no_grad():
+                qmodel(photos[1])
+            quantizer.observer = quantizer.product_observer = None
+    return {name: float((b - a).square().sum() / a.square().sum()) for name, (a, b) in made.items()}
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_a_base_that_is_searched_lowers_the_error_behind_softmax(
+    loaded: LoadedModel, photos: tuple[Tensor, Tensor], bits: int
+) -> None:
+    adaptive = product_errors(loaded, Format.of("adalog", bits, unit=True), roles.SOFTMAX_OUT, photos)
+    assert len(adaptive) == 12
+    for kind in ("log2", "logsqrt2"):
+        fixed = product_errors(loaded, Format(kind, bits), roles.SOFTMAX_OUT, photos)
+        assert sum(adaptive[site] < 1.02 * fixed[site] for site in fixed) >= 11, kind
+        assert sum(adaptive.values()) < 0.95 * sum(fixed.values()), kind
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_a_base_that_is_searched_lowers_the_error_behind_gelu(
+    loaded: LoadedModel, photos: tuple[Tensor, Tensor], bits: int
+) -> None:
+    adaptive = product_errors(loaded, Format.of("adalog", bits, shifted=True), roles.FC2_IN, photos)
+    assert len(adaptive) == 12
+    others = [Format.of("adalog", bits, shifted=True, fixed=q) for q in (37.0, 18.5)]
+    for fmt in others:
+        fixed = product_errors(loaded, fmt, roles.FC2_IN, photos)
+        assert sum(adaptive[site] < 1.02 * fixed[site] for site in fixed) >= 11, str(fmt)
+        assert sum(adaptive.values()) < 0.98 * sum(fixed.values()), str(fmt)
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_the_progressive_search_lowers_the_error_of_weights(loaded: LoadedModel, bits: int) -> None:
+    """Against ranges shrunken evenly, as many of them as the search looks at candidates."""
+    qmodel = vitq.quantize(loaded.model, "minmax", "w8a16", example=torch.zeros(1, 3, 224, 224), freeze=False)
+    ratios = []
+    for linear in linears(qmodel)[1:9]:
+        weight = qmodel.weight(linear.weight)
+        assert weight is not None
+        w = weight.data.flatten(1)
+        quantizer = UniformQuantizer(bits, Layout((-2,), (len(w),), 2))
+
+        def error(params: Params, w: Tensor = w, quantizer: UniformQuantizer = quantizer) -> Tensor:
+            wide = {name: value[..., None] for name, value in params.items()}
+            tried = quantizer.simulate_with(w.expand(len(wide["scale"]), *w.shape), wide)
+            return (tried - w).square().mean(-1, dtype=torch.float64)
+
+        low, high = w.aminmax(dim=1)
+        whole, middle = (quantizer.range_to_params(a[None], b[None]) for a, b in ((low, high), quantizer.middle(w)))
+        with torch.no_grad():
+            found = error(finalists(quantizer, error, whole, middle, whole, 0.5)).amin(0)
+            factors = torch.linspace(0.2, 1.0, 768)[:, None]
+            grid = [error(quantizer.range_to_params(f * low, f * high)) for f in factors.split(64)]
+        ratios.append(float(found.mean() / torch.cat(grid).amin(0).mean()))
+    assert len(ratios) == 8
+    assert max(ratios) < 0.99
