@@ -7,9 +7,9 @@ shifted by its minimum first, and the shift moves into the next bias. Inputs of 
 scales, which the norm takes up. Operands are searched by their own error first, then in turn by that of the product.
 
 Differs from the official code in that candidates are judged on a sample of rows (passes/fit_products.py), that codes
-fit their bits (the code keeps an extra zero level; `parity=True` has it), that merged zero-points are whole numbers in code
-range, that the folding is done at any pair of widths (in the code where both are the same), and that the input of the
-patch embedding has 8 bits (there float, as nothing is quantized from 8 bits on).
+fit their bits (the code keeps an extra zero level; `parity=True` has it), that merged zero-points are whole numbers
+in code range, that the folding is done at any pair of widths (in the code where both are the same), and that the
+input of the patch embedding has 8 bits (there float, as nothing is quantized from 8 bits on).
 """
 
 from __future__ import annotations

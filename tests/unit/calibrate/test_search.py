@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from vitq.calibrate import candidates, objective
+from vitq.calibrate import candidates
 from vitq.calibrate.observe import Sketch, Statistics
-from vitq.calibrate.search import METHODS, Search
+from vitq.calibrate.search import METHODS, Search, sketch_error
 from vitq.core.errors import InputError
 from vitq.core.format import Format
 from vitq.quantizers.base import Quantizer
@@ -94,7 +94,7 @@ def test_the_objective_is_the_mean_squared_error_of_every_candidate(kind: str, g
     stats = sketch.statistics()
     low, high = candidates.shrunken(stats, steps=9)
     params = quantizer.range_to_params(low, high)
-    score = objective.mse(quantizer, params, stats)
+    score = sketch_error(quantizer, params, stats)
     assert score.shape == (9, groups)
     for k in range(9):
         one = {name: value[k][:, None] for name, value in params.items()}
