@@ -28,7 +28,7 @@ from torch import Tensor, nn
 import vitq
 from vitq.core.qmodel import QuantModel
 from vitq.core.site import Call
-from vitq.quantizers.adaptive_log import SHIFT, AdaLogQuantizer
+from vitq.quantizers.adaptive_log import SHIFT, AdaptiveLogQuantizer
 from vitq.report.table import append_rows
 
 CHECKOUT = "git clone https://github.com/GoatWu/AdaLog && git -C AdaLog checkout 75a57d2"
@@ -166,14 +166,16 @@ def compare_formats(official: Official, seen: Made, bits: int) -> Iterator[dict[
     for name, shifted in (("rows", False), ("fc2", True)):
         x = seen[name][0]
         for q in BASES:
-            theirs = getattr(official.formats, "ShiftAdaLogQuantizer" if shifted else "AdaLogQuantizer")(n_bits=bits)
+            theirs = getattr(official.formats, "ShiftAdaptiveLogQuantizer" if shifted else "AdaptiveLogQuantizer")(
+                n_bits=bits
+            )
             scale = (x.max() + SHIFT if shifted else torch.ones(())).reshape(1)
             theirs.scale, theirs.inited = nn.Parameter(scale), True
             theirs.q.data.fill_(q)
             theirs.update_table()
             if shifted:
                 theirs.shift.data.fill_(SHIFT)
-            ours = AdaLogQuantizer(bits, shifted=shifted, extra_zero_level=True)
+            ours = AdaptiveLogQuantizer(bits, shifted=shifted, extra_zero_level=True)
             ours.set_params({"scale": scale, "q": torch.tensor([float(q)])})
             with torch.no_grad():
                 a, b = ours.decode(ours.encode(x)), theirs(x)

@@ -1,4 +1,4 @@
-"""What the parts of AdaLog are for, on real weights and photos it was not fitted on. Skipped where ../shared is absent."""
+"""What the parts of AdaLog are for, on real weights and photos they were not fitted on. Skipped without ../shared."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def product_errors(loaded: LoadedModel, fmt: Format, role: str, photos: tuple[Te
 def test_a_base_that_is_searched_lowers_the_error_behind_softmax(
     loaded: LoadedModel, photos: tuple[Tensor, Tensor], bits: int
 ) -> None:
-    adaptive = product_errors(loaded, Format.of("adalog", bits, unit=True), roles.SOFTMAX_OUT, photos)
+    adaptive = product_errors(loaded, Format.of("adaptive_log", bits, unit=True), roles.SOFTMAX_OUT, photos)
     assert len(adaptive) == 12
     for kind in ("log2", "logsqrt2"):
         fixed = product_errors(loaded, Format(kind, bits), roles.SOFTMAX_OUT, photos)
@@ -76,9 +76,9 @@ def test_a_base_that_is_searched_lowers_the_error_behind_softmax(
 def test_a_base_that_is_searched_lowers_the_error_behind_gelu(
     loaded: LoadedModel, photos: tuple[Tensor, Tensor], bits: int
 ) -> None:
-    adaptive = product_errors(loaded, Format.of("adalog", bits, shifted=True), roles.FC2_IN, photos)
+    adaptive = product_errors(loaded, Format.of("adaptive_log", bits, shifted=True), roles.FC2_IN, photos)
     assert len(adaptive) == 12
-    others = [Format.of("adalog", bits, shifted=True, fixed=q) for q in (37.0, 18.5)]
+    others = [Format.of("adaptive_log", bits, shifted=True, fixed=q) for q in (37.0, 18.5)]
     for fmt in others:
         fixed = product_errors(loaded, fmt, roles.FC2_IN, photos)
         assert sum(adaptive[site] < 1.02 * fixed[site] for site in fixed) >= 11, str(fmt)

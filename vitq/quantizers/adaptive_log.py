@@ -43,9 +43,9 @@ BIAS = 127
 SLACK = 1e-3  # of a step: what float32 loses on the way
 
 
-@QUANTIZERS.register("adalog")
+@QUANTIZERS.register("adaptive_log")
 @final
-class AdaLogQuantizer(Quantizer):
+class AdaptiveLogQuantizer(Quantizer):
     """value = scale * 2**(-code q / 37), with a code for exact zero.
 
     Args:
@@ -72,7 +72,7 @@ class AdaLogQuantizer(Quantizer):
     ) -> None:
         super().__init__(bits, layout)
         if fixed and not FIRST <= fixed <= LAST:
-            raise InputError(f"format 'adalog': fixed q {fixed} is not in {FIRST} to {LAST}; 0 lets it be chosen")
+            raise InputError(f"format 'adaptive_log': fixed q {fixed} is not in {FIRST} to {LAST}; 0 lets it be chosen")
         self.shifted, self.unit, self.fixed = shifted, unit, fixed
         self.extra_zero_level = extra_zero_level
         self.exportable = not extra_zero_level

@@ -27,7 +27,7 @@ def adalog(
     act_bits: int,
     adaptive: bool = True,
     progressive: bool = True,
-    gelu: str = "adalog",
+    gelu: str = "adaptive_log",
     fold: bool = True,
     fold_shift: bool = True,
     heads: bool = True,
@@ -38,8 +38,8 @@ def adalog(
 ) -> Recipe:
     """Searched logarithm bases after softmax and GELU, scales by the error of the products, found coarse to fine."""
     base = 0.0 if adaptive else SQRT_TWO
-    softmax = Format.of("adalog", act_bits, unit=True, fixed=base, extra_zero_level=parity)
-    shifted = Format.of("adalog", act_bits, shifted=True, fixed=base, extra_zero_level=parity)
+    softmax = Format.of("adaptive_log", act_bits, unit=True, fixed=base, extra_zero_level=parity)
+    shifted = Format.of("adaptive_log", act_bits, shifted=True, fixed=base, extra_zero_level=parity)
     folded = (roles.QKV_IN, roles.FC1_IN, roles.MERGE_IN)
     search = "progressive" if progressive else "grid"
     channels = PassSpec.of("fit_products", search=search, mixed=True, steps=steps)
@@ -55,7 +55,11 @@ def adalog(
                 else ()
             ),
             *((Rule(Format("uniform", act_bits, "channel"), folded, after_norm=True),) if fold else ()),
-            *(Rule(shifted, (roles.FC2_IN,), producer=name) for name in ("gelu", "quick_gelu") if gelu == "adalog"),
+            *(
+                Rule(shifted, (roles.FC2_IN,), producer=name)
+                for name in ("gelu", "quick_gelu")
+                if gelu == "adaptive_log"
+            ),
             Rule(softmax, (roles.SOFTMAX_OUT,)),
             Rule(Format("uniform", 8), (roles.PATCH_IN, roles.CONV_IN)),
             Rule(Format("uniform", weight_bits, "channel"), (roles.WEIGHT,)),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vitq.calibrate.progressive import finalists
-from vitq.quantizers.adaptive_log import FIRST, LAST, AdaLogQuantizer
+from vitq.quantizers.adaptive_log import FIRST, LAST, AdaptiveLogQuantizer
 from vitq.quantizers.base import Params, Quantizer
 from vitq.quantizers.layout import Layout
 from vitq.quantizers.tan import TanQuantizer
@@ -98,10 +98,10 @@ def test_it_is_better_than_a_grid_of_as_many_scales_and_zero_points(bits: int) -
 def test_bases_and_scales_are_those_of_a_slow_loop() -> None:
     """The best 8 q with the present scale x 16 scales from P90 of the positive values on; 32 kept, 4 children each."""
     x = values().abs()[:2, ::4]
-    quantizer = AdaLogQuantizer(4, Layout((-2,), (2,), 2))
+    quantizer = AdaptiveLogQuantizer(4, Layout((-2,), (2,), 2))
 
     def one(row: Tensor, scale: float, q: float) -> float:
-        alone = AdaLogQuantizer(4)
+        alone = AdaptiveLogQuantizer(4)
         alone.set_params({"scale": torch.tensor([scale]), "q": torch.tensor([q])})
         return float((alone.decode(alone.encode(row)) - row).double().square().mean())
 
@@ -122,7 +122,7 @@ def test_bases_and_scales_are_those_of_a_slow_loop() -> None:
 
 
 def test_where_there_is_no_scale_to_choose_the_base_is_that_of_the_whole_scan() -> None:
-    x, quantizer = values().abs().div(50).clamp(max=1), rows(AdaLogQuantizer, 4, unit=True)
+    x, quantizer = values().abs().div(50).clamp(max=1), rows(AdaptiveLogQuantizer, 4, unit=True)
     found, score = searched(quantizer, x, 0.5)
     every = quantizer.variants({"scale": torch.ones(1, GROUPS), "q": torch.ones(1, GROUPS)})
     assert torch.equal(score, error(quantizer, x, every).amin(0))
@@ -131,7 +131,7 @@ def test_where_there_is_no_scale_to_choose_the_base_is_that_of_the_whole_scan() 
 
 @pytest.mark.parametrize(
     "quantizer",
-    [rows(UniformQuantizer, 3, symmetric=True), rows(TanQuantizer, 3), rows(AdaLogQuantizer, 3, fixed=20.0)],
+    [rows(UniformQuantizer, 3, symmetric=True), rows(TanQuantizer, 3), rows(AdaptiveLogQuantizer, 3, fixed=20.0)],
 )
 def test_formats_without_zero_points_or_with_curves_of_their_own_are_searched_too(quantizer: Quantizer) -> None:
     x = values().abs() if quantizer.one_sided else values()
@@ -143,7 +143,7 @@ def test_formats_without_zero_points_or_with_curves_of_their_own_are_searched_to
 
 
 @pytest.mark.parametrize("constant", [0.0, 3.0, -1e-7])
-@pytest.mark.parametrize("kind", [UniformQuantizer, AdaLogQuantizer, TanQuantizer])
+@pytest.mark.parametrize("kind", [UniformQuantizer, AdaptiveLogQuantizer, TanQuantizer])
 def test_a_group_of_one_value_gets_finite_parameters(kind: type[Quantizer], constant: float) -> None:
     quantizer = rows(kind, 4)
     params, score = searched(quantizer, torch.full((GROUPS, 1), constant), 1.0)

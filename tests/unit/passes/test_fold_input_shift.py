@@ -16,7 +16,7 @@ from vitq.core.format import Format
 from vitq.core.qmodel import QuantModel
 from vitq.core.recipe import PassSpec, Recipe, Rule
 from vitq.data.zoo import build_zoo, seeded_images
-from vitq.quantizers.adaptive_log import SHIFT, AdaLogQuantizer
+from vitq.quantizers.adaptive_log import SHIFT, AdaptiveLogQuantizer
 
 FOLD = PassSpec.of("fold_input_shift")
 each_model = pytest.mark.parametrize("model", ["seeded_vit", "seeded_swin"])
@@ -26,7 +26,7 @@ def plain(*passes: PassSpec) -> Recipe:
     """Formats of AdaLog behind GELU, fitted to their range."""
     rules = (
         Rule(Format("uniform", 4)),
-        Rule(Format.of("adalog", 4, shifted=True), (roles.FC2_IN,)),
+        Rule(Format.of("adaptive_log", 4, shifted=True), (roles.FC2_IN,)),
         Rule(Format("uniform", 4, "channel"), (roles.WEIGHT,)),
     )
     return Recipe("plain", "none", rules, (PassSpec.of("fit"), *passes))
@@ -42,10 +42,10 @@ def run(model: nn.Module, x: Tensor) -> Tensor:
     return out
 
 
-def inputs(qmodel: QuantModel) -> dict[str, AdaLogQuantizer]:
+def inputs(qmodel: QuantModel) -> dict[str, AdaptiveLogQuantizer]:
     found = {s.owner: qmodel.quantizers[s] for s in qmodel.sites(roles.FC2_IN)}
     assert found
-    assert all(isinstance(q, AdaLogQuantizer) for q in found.values())
+    assert all(isinstance(q, AdaptiveLogQuantizer) for q in found.values())
     return found  # type: ignore[return-value]
 
 

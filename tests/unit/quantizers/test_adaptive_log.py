@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vitq.core.errors import InputError
 from vitq.core.format import Format
-from vitq.quantizers.adaptive_log import FIRST, LAST, OCTAVES, SHIFT, AdaLogQuantizer
+from vitq.quantizers.adaptive_log import FIRST, LAST, OCTAVES, SHIFT, AdaptiveLogQuantizer
 from vitq.quantizers.log import LogSqrt2Quantizer
 from vitq.quantizers.registry import build_quantizer
 
@@ -33,8 +33,8 @@ def position(x: Tensor, scale: float, q: float) -> Tensor:
     return -(37 / q) * (x.double() / scale).clamp(1e-15, 1).log2()
 
 
-def made(bits: int, q: float, scale: float = 1.0, **options: bool) -> AdaLogQuantizer:
-    quantizer = AdaLogQuantizer(bits, **options)
+def made(bits: int, q: float, scale: float = 1.0, **options: bool) -> AdaptiveLogQuantizer:
+    quantizer = AdaptiveLogQuantizer(bits, **options)
     quantizer.set_params({"scale": torch.tensor([scale]), "q": torch.tensor([float(q)])})
     quantizer.state = "on"
     return quantizer
@@ -67,7 +67,7 @@ def test_codes_and_values_are_those_of_the_formula(bits: int, q: float, scale: f
 def test_every_bound_is_exact_in_whole_numbers() -> None:
     """y is above the middle of steps j and j + 1 if y**74 > 2**-(q (2 j + 1)); of a tie the even one is taken."""
     for q in range(FIRST, LAST + 1):
-        bounds = AdaLogQuantizer(4)._bounds(torch.tensor([float(q)]))[0].tolist()
+        bounds = AdaptiveLogQuantizer(4)._bounds(torch.tensor([float(q)]))[0].tolist()
         below = torch.tensor(bounds).nextafter(torch.zeros(17)).tolist()
         assert bounds[-1] == 0
         for step, (bound, under) in enumerate(zip(bounds[:-1], below[:-1], strict=True)):
@@ -105,8 +105,8 @@ def test_with_every_base_levels_fall_and_stay_what_they_are(bits: int, shifted: 
 @pytest.mark.parametrize("per", ["tensor", "head", "channel"])
 def test_several_bases_at_once_give_what_each_gives_alone(per: str, shifted: bool) -> None:
     shape, axes = (2, 3, 5, 8), ("batch", "head", "token", "channel")
-    quantizer = build_quantizer(Format.of("adalog", 4, per, shifted=shifted), axes, shape)
-    assert isinstance(quantizer, AdaLogQuantizer)
+    quantizer = build_quantizer(Format.of("adaptive_log", 4, per, shifted=shifted), axes, shape)
+    assert isinstance(quantizer, AdaptiveLogQuantizer)
     groups = quantizer.layout.groups
     params = {"scale": torch.linspace(0.5, 3, groups), "q": torch.linspace(10, 60, groups).round()}
     quantizer.set_params(params)
@@ -126,7 +126,7 @@ def test_several_bases_at_once_give_what_each_gives_alone(per: str, shifted: boo
 def test_what_is_shifted_covers_gelu_from_its_least_value_on() -> None:
     wide = torch.linspace(-6, 6, 100001, dtype=torch.float64)
     assert float(F.gelu(wide).min()) == pytest.approx(-SHIFT, abs=1e-7)
-    quantizer = AdaLogQuantizer(4, shifted=True)
+    quantizer = AdaptiveLogQuantizer(4, shifted=True)
     quantizer.set_params(quantizer.range_to_params(torch.tensor([-0.17]), torch.tensor([2.0])))
     quantizer.state = "on"
     y = quantizer(torch.tensor([-9.0, -0.17, 2.0, 9.0]))
@@ -146,7 +146,7 @@ def test_without_its_shift_it_gives_the_same_values_higher_by_it() -> None:
 
 
 def test_a_fixed_base_is_not_searched() -> None:
-    quantizer = AdaLogQuantizer(4, fixed=18.5)
+    quantizer = AdaptiveLogQuantizer(4, fixed=18.5)
     params = quantizer.range_to_params(torch.zeros(3, 1), torch.ones(3, 1))
     assert quantizer.variants(params)["q"].tolist() == [[18.5]] * 3
     quantizer.set_params({name: value[0] for name, value in params.items()})
@@ -156,11 +156,11 @@ def test_a_fixed_base_is_not_searched() -> None:
     assert torch.equal(quantizer.encode(x), like.encode(x))
     for wrong in (9.9, 138.0, -3.0):
         with pytest.raises(InputError, match="fixed q"):
-            AdaLogQuantizer(4, fixed=wrong)
+            AdaptiveLogQuantizer(4, fixed=wrong)
 
 
 def test_every_range_is_tried_with_every_base_and_a_unit_has_one() -> None:
-    quantizer = AdaLogQuantizer(4, unit=True)
+    quantizer = AdaptiveLogQuantizer(4, unit=True)
     params = quantizer.range_to_params(torch.zeros(2, 3), torch.tensor([[0.5, 7.0, 0.0], [0.1, 0.2, 0.3]]))
     assert bool((params["scale"] == 1).all())
     tried = quantizer.variants(params)

@@ -21,7 +21,7 @@ from vitq.core.qmodel import QuantModel
 from vitq.core.recipe import ACT_SCALES, PASSES, WEIGHT_SCALES, Pass
 from vitq.core.rewrite import REWRITES, Rewrite
 from vitq.passes.shift_bias import ShiftBiasRewrite
-from vitq.quantizers.adaptive_log import AdaLogQuantizer
+from vitq.quantizers.adaptive_log import AdaptiveLogQuantizer
 
 
 @REWRITES.register("shift_input")
@@ -67,7 +67,7 @@ class FoldInputShift(Pass):
     def run(self, qmodel: QuantModel, data: Batches | None, progress: Progress) -> None:
         """Fold every such constant."""
         every: dict[str, object] = dict(qmodel.quantizers.items())
-        shifted = {name: q for name, q in every.items() if isinstance(q, AdaLogQuantizer) and q.shifted}
+        shifted = {name: q for name, q in every.items() if isinstance(q, AdaptiveLogQuantizer) and q.shifted}
         found = [linear for linear in linears(qmodel) if linear.input.id in shifted and _own_bias(qmodel, linear)]
         shift, taken = 0.0, {}
         for linear in found:
