@@ -32,6 +32,7 @@ from vitq.core.roles import SOFTMAX_OUT
 from vitq.quantizers.base import Params, Quantizer
 
 Operands = tuple[Quantizer | None, Quantizer | None]
+SCANNED = 16  # of what a format has to choose besides a range, with every range
 
 
 @PASSES.register("fit_products")
@@ -206,7 +207,16 @@ class FitProducts(Pass):
         low, high = self.softmax if site.role == SOFTMAX_OUT else self.linear
         bottom, top = _range(judge, side, quantizer, samples)
         factors = torch.linspace(low, high, self.steps, device=bottom.device)[:, None]
-        return _different(quantizer.variants(quantizer.range_to_params(factors * bottom, factors * top)))
+        tried = quantizer.variants(quantizer.range_to_params(factors * bottom, factors * top))
+        each = len(next(iter(tried.values()))) // self.steps
+        if each < 2 * SCANNED:
+            return _different(tried)
+        # Too many for each range: the range is chosen with a few of them, then all are tried with that range.
+        few = torch.arange(each * self.steps, device=bottom.device) % each % (each // SCANNED) == 0
+        some = _different({name: value[few] for name, value in tried.items()})
+        some = {name: torch.cat([now[name], value]) for name, value in some.items()}
+        best = judge.best(side, some, alone=alone)
+        return quantizer.variants({name: value.gather(0, best) for name, value in some.items()})
 
     def _progressive(
         self, judge: Judge, side: str, quantizer: Quantizer, samples: Samples, now: Params, alone: bool

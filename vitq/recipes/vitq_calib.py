@@ -1,0 +1,76 @@
+"""vitq_calib: what pays among the published calibration methods, in one recipe. Our own combination; needs no training.
+
+Each part is somebody's, and differs from the original where the recipe that is named says so:
+
+- one scale where there were many: channels of linear inputs are balanced against those of the weights, which the norm
+  or the value projection before takes up (`uq_vit`: NormQuant, AAAI 2026);
+- logarithms to a searched base after softmax and, shifted, after GELU (`adalog`: arXiv 2407.12951);
+- every scale and base by the error of the product it is used in, weighted with squared gradients (`ptq4vit`: arXiv
+  2111.12293), in one round over the products;
+- codes of weights column by column, each making up for those before (`gptq`: arXiv 2210.17323), and last the biases
+  (`bias_correction`: arXiv 1906.04721), both on what the quantized model before gives.
+
+One setting for all models and widths. Every part has a switch, and results/ablation.csv what it is worth.
+"""
+
+from __future__ import annotations
+
+from vitq.core import roles
+from vitq.core.format import Format
+from vitq.core.recipe import PassSpec, Recipe, Rule, recipe
+
+
+@recipe
+def vitq_calib(
+    weight_bits: int,
+    act_bits: int,
+    softmax: str = "adaptive_log",
+    gelu: str = "adaptive_log",
+    balance: bool = True,
+    objective: str = "hessian",
+    rounds: int = 1,
+    steps: int = 20,
+    columns: bool = True,
+    biases: bool = True,
+) -> Recipe:
+    """Balanced channels, searched logarithms, scales by gradients, weights that make up for one another.
+
+    Args:
+        softmax: format of attention probabilities: adaptive_log, or logsqrt2.
+        gelu: format behind GELU: adaptive_log, or another for one scale, such as uniform or twin_gelu.
+        balance: False folds the channel scales behind norms as repq_vit does, and leaves those behind attention.
+        objective: how scales are judged (calibrate/objective.py).
+        rounds: over the operands of each product; 0 leaves scales as the first fit chose them.
+        steps: ranges that are tried for each operand.
+        columns: choose codes of weights column by column.
+        biases: correct the biases.
+    """
+    fit = PassSpec.of("fit", method="percentile_mse", weight_method="percentile_mse", flow="prefix")
+    search = PassSpec.of("fit_products", objective=objective, rounds=max(rounds, 1), steps=steps)
+    folded = (roles.QKV_IN, roles.FC1_IN, roles.MERGE_IN)
+    per_channel = Format("uniform", act_bits, "channel")
+    searched = "adaptive_log"
+    after_softmax = Format.of(softmax, act_bits, unit=True) if softmax == searched else Format(softmax, act_bits)
+    after_gelu = Format.of(gelu, act_bits, shifted=True) if gelu == searched else Format(gelu, act_bits)
+    return Recipe(
+        name="vitq_calib",
+        paper="none: parts of several",
+        formats=(
+            Rule(Format("uniform", act_bits)),
+            Rule(per_channel, roles=folded, after_norm=True),
+            *((Rule(per_channel, roles=(roles.PROJ_IN,)),) if balance else ()),
+            *(Rule(after_gelu, (roles.FC2_IN,), producer=name) for name in ("gelu", "quick_gelu")),
+            Rule(after_softmax, roles=(roles.SOFTMAX_OUT,)),
+            Rule(Format("uniform", 8), roles=(roles.PATCH_IN, roles.CONV_IN)),
+            Rule(Format("uniform", weight_bits, "channel"), roles=(roles.WEIGHT,)),
+        ),
+        passes=(
+            fit,
+            PassSpec.of("balance_channels" if balance else "fold_norm_scale"),
+            fit,
+            *((search,) if rounds else ()),
+            *((PassSpec.of("round_columns"),) if columns else ()),
+            *((PassSpec.of("correct_bias"),) if biases else ()),
+            *((PassSpec.of("fold_input_shift"),) if gelu == searched else ()),
+        ),
+    )
