@@ -1,4 +1,4 @@
-"""vitq_calib: what pays among the published calibration methods, in one recipe. Our own combination; needs no training.
+"""vitq_calib: what pays among the published calibration methods, in one recipe. Our own.
 
 Each part is somebody's, and differs from the original where the recipe that is named says so:
 
@@ -54,7 +54,7 @@ def vitq_calib(
     after_gelu = Format.of(gelu, act_bits, shifted=True) if gelu == searched else Format(gelu, act_bits)
     return Recipe(
         name="vitq_calib",
-        paper="none: parts of several",
+        paper="our own, of parts from AAAI 2026, arXiv 2407.12951, arXiv 2111.12293 and arXiv 2210.17323",
         formats=(
             Rule(Format("uniform", act_bits)),
             Rule(per_channel, roles=folded, after_norm=True),
