@@ -35,6 +35,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "objective=mse": {"objective": "mse"},
     "columns=False": {"columns": False},
     "biases=False": {"biases": False},
+    "weighted=False": {"weighted": False},
 }
 KEY = ("model", "recipe", "variant", "bits", "seed", "images")
 

@@ -26,11 +26,15 @@ class Moments:
         self.total = torch.zeros(size, dtype=torch.float64, device=device)
         self.products = torch.zeros(size, size, dtype=torch.float64, device=device) if second else None
 
-    def add(self, x: Tensor) -> None:
-        """Take in rows."""
+    def add(self, x: Tensor, weights: Tensor | None = None) -> None:
+        """Take in rows; `weights` (rows,) has mean one over all that will be taken in."""
         rows = x.detach().reshape(-1, x.shape[-1]).float()
         self.count += len(rows)
-        self.total += rows.sum(0, dtype=torch.float64)
+        if weights is None:
+            self.total += rows.sum(0, dtype=torch.float64)
+        else:
+            self.total += weights.double() @ rows.double()
+            rows = rows * weights.sqrt()[:, None]
         if self.products is not None:
             for part in rows.split(ROWS):
                 self.products += part.T @ part

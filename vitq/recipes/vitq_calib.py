@@ -32,6 +32,7 @@ def vitq_calib(
     steps: int = 20,
     columns: bool = True,
     biases: bool = True,
+    weighted: bool = True,
 ) -> Recipe:
     """Balanced channels, searched logarithms, scales by gradients, weights that make up for one another.
 
@@ -44,6 +45,7 @@ def vitq_calib(
         steps: ranges that are tried for each operand.
         columns: choose codes of weights column by column.
         biases: correct the biases.
+        weighted: for codes of weights and for biases, tokens count by their gradients.
     """
     fit = PassSpec.of("fit", method="percentile_mse", weight_method="percentile_mse", flow="prefix")
     search = PassSpec.of("fit_products", objective=objective, rounds=max(rounds, 1), steps=steps)
@@ -69,8 +71,8 @@ def vitq_calib(
             PassSpec.of("balance_channels" if balance else "fold_norm_scale"),
             fit,
             *((search,) if rounds else ()),
-            *((PassSpec.of("round_columns"),) if columns else ()),
-            *((PassSpec.of("correct_bias"),) if biases else ()),
+            *((PassSpec.of("round_columns", weighted=weighted),) if columns else ()),
+            *((PassSpec.of("correct_bias", weighted=weighted),) if biases else ()),
             *((PassSpec.of("fold_input_shift"),) if gelu == searched else ()),
         ),
     )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vitq.calibrate.capture import watch_prefix
+from vitq.calibrate.importance import RowWeights, row_weights
 from vitq.calibrate.linears import Linear, as_used, linears, watchable
 from vitq.calibrate.moments import Moments
 from vitq.core.batches import Batches
@@ -22,6 +23,7 @@ from vitq.core.progress import Progress
 from vitq.core.qmodel import QuantModel
 from vitq.core.recipe import ACT_SCALES, PASSES, WEIGHT_SCALES, Pass
 from vitq.core.roles import WEIGHT
+from vitq.core.site import Site
 from vitq.quantizers.base import Params, Quantizer
 
 COLUMNS = 128  # are corrected one by one; those behind them once per so many
@@ -37,6 +39,7 @@ class RoundColumns(Pass):
             it makes up for errors that other images do not have (`benchmarks/rounding.py`).
         order: take columns in the order of falling diagonal of H ("activation order"), which costs nothing as scales
             are fixed before; False takes them as they stand.
+        weighted: tokens count by their gradients (calibrate/importance.py), which takes a backward more.
 
     Nearest rounding stays where there are fewer tokens than inputs (a head behind a class token, with few images), and
     for rows that come out worse. Weights that are computed, of convolutions with groups, and inside fused attention
@@ -48,11 +51,12 @@ class RoundColumns(Pass):
     needs = frozenset({WEIGHT_SCALES, ACT_SCALES})
     cost = "one forward of the calibration images (about three with more than 32), and a factorisation per linear"
 
-    def __init__(self, damp: float = 0.3, order: bool = True) -> None:
+    def __init__(self, damp: float = 0.3, order: bool = True, weighted: bool = False) -> None:
         if not 0 < damp <= 1:
             raise CompositionError(f"pass 'round_columns': damp {damp} must be in (0, 1]")
         self.damp = damp
         self.order = order
+        self.weighted = weighted
 
     def check(self, qmodel: QuantModel, data: Batches | None) -> None:
         """Refuse to work without images."""
@@ -64,22 +68,29 @@ class RoundColumns(Pass):
         """Round every linear, each on what the ones before it give."""
         assert data is not None
         found = linears(qmodel)
-        weights = len(qmodel.sites(WEIGHT))
         gains: list[float] = []
         at = {linear.input.id: linear for linear in found}
         sites = [linear.input for linear in found]
+        weights = row_weights(qmodel, data, found, progress) if self.weighted else {}
+
+        def watcher(site: Site) -> _Rounding:
+            linear = at[site.id]
+            return _Rounding(qmodel, linear, self, gains, RowWeights(weights.get(linear.weight.id)))
+
         with watchable(qmodel, sites):
-            watch_prefix(qmodel, sites, lambda site: _Rounding(qmodel, at[site.id], self, gains), data, progress)
+            watch_prefix(qmodel, sites, watcher, data, progress)
         mean = sum(gains) / len(gains) if gains else 1.0
-        kept = weights - len(gains)
+        kept = len(qmodel.sites(WEIGHT)) - len(gains)
         qmodel.log["round_columns"] = {"rounded": len(gains), "kept": kept, "error_of_nearest": round(mean, 4)}
 
 
 class _Rounding:
     """Gathers the inputs of a linear, then chooses its codes."""
 
-    def __init__(self, qmodel: QuantModel, linear: Linear, settings: RoundColumns, gains: list[float]) -> None:
-        self.qmodel, self.linear, self.settings, self.gains = qmodel, linear, settings, gains
+    def __init__(
+        self, qmodel: QuantModel, linear: Linear, settings: RoundColumns, gains: list[float], weights: RowWeights
+    ) -> None:
+        self.qmodel, self.linear, self.settings, self.gains, self.weights = qmodel, linear, settings, gains, weights
         weight, quantizer = qmodel.weight(linear.weight), qmodel.quantizers[linear.weight]
         assert weight is not None
         assert isinstance(quantizer, Quantizer)
@@ -88,7 +99,8 @@ class _Rounding:
         self.moments: Moments = Moments(weight[0].numel(), weight.device)
 
     def observe(self, x: Tensor, images: int) -> None:
-        self.moments.add(self.linear.rows(self.qmodel.model, as_used(self.qmodel.quantizers[self.linear.input], x)))
+        rows = self.linear.rows(self.qmodel.model, as_used(self.qmodel.quantizers[self.linear.input], x))
+        self.moments.add(rows, self.weights.of(rows))
 
     def finish(self) -> None:
         if self.moments.count < self.moments.total.numel():
