@@ -82,7 +82,7 @@ class Judge:
         for chunk in self.chunks:
             plain, factor = self._plain(chunk)
             made = self.product.multiply(self.model, self._quantized("left", chunk), self._quantized("right", chunk))
-            score = self._compared(made.mul_(factor).sub_(plain)[None], chunk, ())
+            score = self._compared(made.mul_(factor).sub_(plain)[None], chunk, (), 1)
             total, values = total + float(score) * made.numel(), values + made.numel()
         return total / max(values, 1)
 
@@ -98,18 +98,18 @@ class Judge:
         def error(quantizer: Quantizer, params: Params) -> Tensor:
             tried = simulated(quantizer, params, x)
             both = (tried, other) if side == "left" else (other, tried)
-            score = self._compared(self.product.multiply(self.model, *both).sub_(plain), chunk, dims)
             groups = quantizer.layout.groups
+            score = self._compared(self.product.multiply(self.model, *both).sub_(plain), chunk, dims, groups)
             if score.shape[1] not in (1, groups):  # several groups in a row of a weight are judged together
                 return score.repeat_interleave(groups // score.shape[1], dim=1)
             return score.expand(-1, groups)
 
         return error
 
-    def _compared(self, error: Tensor, chunk: Chunk, dims: tuple[int, ...]) -> Tensor:
-        wanted = _arranged(chunk.made[None], dims)[0]
-        weight = None if chunk.weight is None else _arranged(chunk.weight[None], dims)[0]
-        return self.objective(_arranged(error, dims), wanted, weight, scores=self.product.kind == "scores")
+    def _compared(self, error: Tensor, chunk: Chunk, dims: tuple[int, ...], groups: int) -> Tensor:
+        wanted = _arranged(chunk.made[None], dims, groups)[0]
+        weight = None if chunk.weight is None else _arranged(chunk.weight[None], dims, groups)[0]
+        return self.objective(_arranged(error, dims, groups), wanted, weight, scores=self.product.kind == "scores")
 
     def _plain(self, chunk: Chunk) -> tuple[Tensor, float]:
         """The float product without bias, and the factor that makes it that of the model: attention scales scores."""
@@ -146,10 +146,13 @@ def simulated(quantizer: Quantizer, params: Params, x: Tensor) -> Tensor:
     return layout.join(quantizer.simulate_with(wide.expand(count, *wide.shape), shaped))
 
 
-def _arranged(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """(K, ...) as (K, G, R, C): the dimensions that keep groups apart come first, the last of the others last."""
+def _arranged(x: Tensor, dims: tuple[int, ...], most: int) -> Tensor:
+    """(K, ...) as (K, G, R, C): the dimensions that keep groups apart come first, the last of the others last.
+
+    Heads that share a group, of which there are `most`, lie side by side.
+    """
     front = sorted(d if d < 0 else d - (x.ndim - 1) for d in dims)
     rest = [d for d in range(1 - x.ndim, 0) if d not in front]
-    groups = math.prod(x.shape[d] for d in front)
+    groups = min(math.prod(x.shape[d] for d in front), most)
     moved = x.permute(0, *front, *rest)
     return moved.reshape(len(x), groups, -1, x.shape[rest[-1]])

@@ -5,9 +5,9 @@ Shapes:  error = made - wanted (K, G, R, C), wanted and weight (G, R, C)
 Units:   a score (K, G) is a mean over R and C; lower is better
 Formula: mse       mean (made - wanted)**2
          cosine    1 - mean over rows of cos(made, wanted)
-         pearson   1 - correlation of all R C values
+         pearson   1 - correlation of all G R C values when those of one group have their errors and the others none
          ranking   pearson + 0.1 * the mean hinge max(0, 0.2 - (made_i - made_j) sign(wanted_i - wanted_j)) over
-                   pairs in a row; pearson alone where the product is no score of attention
+                   pairs in a row of one group, / G; pearson alone where the product is no score of attention
          hessian, fisher, perturbation_hessian   mean weight (made - wanted)**2, weights by calibrate/sensitivity.py
          blockwise  the same without the tenth of the errors that are smallest ("bottom elimination")
 Source:  cosine    PTQ4ViT's base, arXiv 2111.12293        pearson, ranking   Liu et al., arXiv 2106.14156, eq. 5-8
@@ -77,9 +77,12 @@ def _cosine(error: Tensor, wanted: Tensor, weight: Tensor | None) -> Tensor:
 
 
 def _pearson(error: Tensor, wanted: Tensor, weight: Tensor | None) -> Tensor:
-    made, to = (error + wanted).flatten(2).double(), wanted.flatten(1).double()
-    made, to = made - made.mean(-1, keepdim=True), to - to.mean(-1, keepdim=True)
-    return 1 - torch.cosine_similarity(made, to[None], dim=-1)
+    # Correlated by itself, a group could change its gain for nothing, and with it the correlation of the whole.
+    e, to = error.flatten(2).double(), wanted.flatten(1).double()
+    to = to - to.mean()
+    whole, along = to.square().sum(), torch.einsum("kgn,gn->kg", e, to)
+    spread = whole + 2 * along + e.square().sum(-1) - e.sum(-1).square() / to.numel()
+    return 1 - (whole + along) / (whole * spread).sqrt().clamp(min=torch.finfo(torch.float64).tiny)
 
 
 def _ranking(error: Tensor, wanted: Tensor, weight: Tensor | None) -> Tensor:
@@ -89,7 +92,7 @@ def _ranking(error: Tensor, wanted: Tensor, weight: Tensor | None) -> Tensor:
             sign = (wanted[..., shift:] - wanted[..., :-shift]).sign()
             hinge = (THETA - (made[..., shift:] - made[..., :-shift]) * sign).clamp_(min=0)
             hinges.append(hinge.flatten(2).mean(-1, dtype=torch.float64))
-    return _pearson(error, wanted, weight) + (GAMMA * torch.stack(hinges).mean(0) if hinges else 0.0)
+    return _pearson(error, wanted, weight) + (GAMMA / len(wanted) * torch.stack(hinges).mean(0) if hinges else 0.0)
 
 
 OBJECTIVES: dict[str, Objective] = {

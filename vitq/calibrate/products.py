@@ -4,6 +4,7 @@ Shapes:  linear  left (n, in) or (m, T, in)   right (out, in)       made (..., o
          conv    left (m, in, ...)            right (out, in, ...)  made (m, out, ...)
          scores  left (m, ..., R, D)          right (m, ..., S, D)  made (m, ..., R, S)
          rows    left (m, ..., R, S)          right (m, ..., S, D)  made (m, ..., R, D)
+         (right operands of fewer heads serve several of the left ones each)
          m entries of the first dimension (images, windows), R rows of each, n rows of all
 """
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from vitq.core.qmodel import QuantModel
 from vitq.core.site import Call, Site
+from vitq.graph.attention import shared
 from vitq.quantizers.base import Quantizer
 
 EVEN = 0.5  # share of the sample that is spread evenly, whatever the gradients are
@@ -63,6 +65,7 @@ class Product:
             return made.reshape(*right.shape[:2], *left.shape[:-1]).movedim(1, -1)
         if self.kind == "conv":
             return _convolved(model.get_submodule(self.module), left, right)
+        right = shared(right, left)
         return left @ (right.mT if self.kind == "scores" else right)
 
     def groups_of(self, side: str, quantizer: Quantizer) -> tuple[int, ...] | None:
@@ -250,16 +253,19 @@ class Samples:
         if len(made) != len(left):
             self.unusable = True
             return
-        count = self._quota(self.entries, seen, images, len(left))
-        at, square = _chosen(square, len(made), count)
+        there = len(left)
+        at, square = _chosen(square, there, self._quota(self.entries, seen, images, there))
         left, made = left[at], made[at]
         if self.product.kind == "linear" or self.product.kind == "conv":
             self._keep(left, right, made, square)
             return
         if right is not None:
             right = right[(None,) * (left.ndim - right.ndim)]
+            if len(right) not in (1, there):  # entries that share a right one
+                self.unusable = True
+                return
             right = right[at] if len(right) > 1 else right
-        some = self._rows(left, made, square) if count else (left, made, square)
+        some = self._rows(left, made, square) if len(at) else (left, made, square)
         self._keep(some[0], right, some[1], some[2], by_entry=True)
 
     def _keep(

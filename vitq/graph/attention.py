@@ -28,8 +28,8 @@ class Port(Protocol):
 def attend(
     port: Port,
     query: Tensor,  # (..., N, D)
-    key: Tensor,  # (..., S, D)
-    value: Tensor,  # (..., S, D)
+    key: Tensor,  # (..., S, D), or of fewer heads, each for several of the queries'
+    value: Tensor,  # (..., S, D), the same
     mask: Tensor | None,
     is_causal: bool,
     scale: float | None,
@@ -45,7 +45,8 @@ def attend(
     """
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     # Scaling the queries is N/S of the work of scaling the scores, and saves a tensor of their size.
-    scores = port.made("query", ATEN.matmul.default(port("query", query) * scale, port("key", key).transpose(-2, -1)))
+    query, key = port("query", query) * scale, shared(port("key", key), query)
+    scores = port.made("query", ATEN.matmul.default(query, key.transpose(-2, -1)))
     if is_causal:
         rows, columns = scores.shape[-2:]
         allowed = torch.ones(rows, columns, dtype=torch.bool, device=scores.device).tril()
@@ -58,7 +59,17 @@ def attend(
         blind = ~mask if mask.dtype == torch.bool else mask.isneginf()
         weights = weights.masked_fill(blind.all(dim=-1, keepdim=True), 0)
     weights = port("softmax", weights)
-    return port.made("softmax", ATEN.matmul.default(weights, port("value", value))), weights
+    value = shared(port("value", value), weights)
+    return port.made("softmax", ATEN.matmul.default(weights, value)), weights
+
+
+def shared(operand: Tensor, left: Tensor) -> Tensor:
+    """Keys or values (..., S, D) with as many heads as the left operand has: each of theirs serves several in a row.
+
+    One head for all stays one.
+    """
+    heads = operand.shape[-3] if min(operand.ndim, left.ndim) > 2 else 1
+    return operand.repeat_interleave(left.shape[-3] // heads, -3) if 1 < heads < left.shape[-3] else operand
 
 
 def sdpa_operands(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -90,10 +101,10 @@ def run_sdpa(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """F.scaled_dot_product_attention, taken apart. Attention dropout is not applied: it is training only."""
-    if enable_gqa:
-        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
-        value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
+    """F.scaled_dot_product_attention, taken apart. Attention dropout is not applied: it is training only.
+
+    Grouped queries (enable_gqa) show in the shapes; torch has refused others before.
+    """
     return attend(port, query, key, value, attn_mask, is_causal, scale)[0]
 
 

@@ -143,6 +143,30 @@ def test_the_error_is_the_score_of_what_there_is(kind: str, side: str, per: str)
     assert judge.error() == pytest.approx(float(scores.mean()), rel=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["scores", "rows"])
+def test_a_head_of_keys_or_values_is_judged_by_all_the_queries_that_share_it(kind: str) -> None:
+    case = Case(kind)
+    queries, keys = case.left[:, :1].repeat(1, 4, 1, 1) * torch.rand(4, 1, 1), case.right[:, :2]
+    where = site("rhs", ("batch", "head", "token", "channel"), tuple(keys.shape))
+    searched = quantizer_for(where, keys, "head")
+
+    def multiply(right: Tensor) -> Tensor:
+        return case.multiply(queries, torch.stack([right[:, head // 2] for head in range(4)], dim=1))
+
+    wanted = multiply(keys)
+    chunk = Chunk(queries, keys, wanted.float(), None, by_entry=True)
+    product = Product(kind, case.product.left, where, "")
+    judge = Judge(case.model, product, [chunk], (None, searched), OBJECTIVES["mse"])
+    tried = candidates(searched, keys)
+    found = judge.score("right", tried)
+    for k in range(K):
+        searched.set_params({name: value[k] for name, value in tried.items()})
+        error = (multiply(searched.decode(searched.encode(keys))) - wanted).square()
+        expected = torch.stack([error[:, :2].mean(), error[:, 2:].mean()])
+        torch.testing.assert_close(found[k], expected, rtol=1e-4, atol=0)
+        assert judge.error() == pytest.approx(float(expected.mean()), rel=1e-4)
+
+
 @pytest.mark.parametrize("per", ["channel", "group:4"])
 def test_where_groups_mix_in_the_product_the_operand_itself_is_judged(per: str) -> None:
     case = Case("linear")

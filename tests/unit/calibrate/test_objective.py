@@ -37,8 +37,9 @@ def centred(values: list[float]) -> list[float]:
     return [v - mean for v in values]
 
 
-def slow(name: str, error: Tensor, wanted: Tensor, weight: Tensor | None, scores: bool) -> float:
-    """The score of one candidate for one group; tensors (R, C)."""
+def slow(name: str, error: Tensor, all_wanted: Tensor, weight: Tensor | None, scores: bool, group: int) -> float:
+    """The score of one candidate for one group; tensors (R, C), all_wanted (G, R, C)."""
+    wanted = all_wanted[group]
     made = error.double() + wanted.double()
     if name in ("mse", *WEIGHTED):
         weights = [1.0] * error.numel() if weight is None else flat(weight)
@@ -49,7 +50,9 @@ def slow(name: str, error: Tensor, wanted: Tensor, weight: Tensor | None, scores
         return sum(w * e * e for w, e in zip(weights, flat(error), strict=True) if e * e >= bound) / error.numel()
     if name == "cosine":
         return 1 - sum(cos(flat(m), flat(t)) for m, t in zip(made, wanted, strict=True)) / len(made)
-    pearson = 1 - cos(centred(flat(made)), centred(flat(wanted)))
+    whole = all_wanted.double()
+    whole[group] = made
+    pearson = 1 - cos(centred(flat(whole)), centred(flat(all_wanted)))
     if name == "pearson" or not scores:
         return pearson
     hinges = []
@@ -61,7 +64,7 @@ def slow(name: str, error: Tensor, wanted: Tensor, weight: Tensor | None, scores
             for i in (j + shift,)
         ]
         hinges += [sum(pairs) / len(pairs)] if pairs else []
-    return pearson + GAMMA * sum(hinges) / len(hinges)
+    return pearson + GAMMA * sum(hinges) / len(hinges) / len(all_wanted)
 
 
 @each
@@ -70,7 +73,7 @@ def slow(name: str, error: Tensor, wanted: Tensor, weight: Tensor | None, scores
 def test_scores_are_those_of_slow_loops(name: str, scores: bool, weighted: bool) -> None:
     error, wanted, weight = drawn()
     expected = [
-        [slow(name, error[k, g], wanted[g], weight[g] if weighted else None, scores) for g in range(G)]
+        [slow(name, error[k, g], wanted, weight[g] if weighted else None, scores, g) for g in range(G)]
         for k in range(K)
     ]
     found = OBJECTIVES[name](error, wanted, weight if weighted else None, scores=scores)
@@ -104,3 +107,10 @@ def test_blockwise_leaves_out_what_is_smallest_also_of_more_errors_than_it_sorts
     )
     assert whole > 1e4
     assert found == pytest.approx(1 / 3, rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["pearson", "ranking"])
+def test_a_channel_that_changes_its_gain_makes_the_correlation_of_the_whole_worse(name: str) -> None:
+    _, wanted, _ = drawn()
+    error = torch.stack([0 * wanted, 0.2 * wanted])
+    assert bool((OBJECTIVES[name](error, wanted)[1] > 1e-3).all())

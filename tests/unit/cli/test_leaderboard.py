@@ -369,7 +369,13 @@ def test_modifiers_that_do_not_fit_are_left_out_with_a_note_and_written_ones_ref
 
 # -- being stopped -----------------------------------------------------------------------------------------
 
-PROGRAM = "from vitq.cli import main; main()"
+# Started in the background (nohup, a shell's &), a process ignores SIGINT, and so do those that it starts.
+PROGRAM = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from vitq.cli import main
+main()
+"""
 ROWS = {"recipes": "minmax,percentile,repq_vit", "bits": "w8a8,w4a4", "images": "12"}
 
 

@@ -65,8 +65,10 @@ def test_sdpa_taken_apart_equals_the_fused_function(kwargs: dict[str, Any]) -> N
 def test_sdpa_with_grouped_queries_equals_the_fused_function(key_heads: int) -> None:
     operands = qkv(H, key_heads)
     fused = F.scaled_dot_product_attention(*operands, enable_gqa=True)
-    apart = attention.run_sdpa(Seeing(), *operands, enable_gqa=True)
+    port = Seeing()
+    apart = attention.run_sdpa(port, *operands, enable_gqa=True)
     torch.testing.assert_close(apart, fused, atol=1e-5, rtol=1e-5)
+    assert all(port.operands[name] is x for name, x in zip(("query", "key", "value"), operands, strict=True))
     assert attention.sdpa_inner(*operands, enable_gqa=True) == {"softmax": (B, H, N, S)}
     assert attention.sdpa_macs(fused, *operands) == B * H * N * S * (D + D + 2)
 

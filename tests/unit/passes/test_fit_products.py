@@ -198,7 +198,7 @@ def test_one_side_in_float(bits: str, objective: str) -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"objective": "x"}, {"low": 0.0}, {"low": 2.0}, {"matmul_low": 1.3}, {"steps": 1}, {"rounds": 0}],
+    [{"objective": "x"}, {"low": 0.0}, {"low": 2.0}, {"softmax_low": 1.3}, {"steps": 1}, {"rounds": 0}],
 )
 def test_arguments_that_make_no_sense_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(CompositionError, match="fit_products"):
@@ -293,7 +293,7 @@ class Products(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.mix @ self.fc(x)
         flat = x.flatten(0, 1)
-        x = (torch.mm(flat, flat[:6])).reshape(x.shape) if len(flat) >= 6 else x
+        x = torch.mm(flat, torch.mm(flat.T, flat)).reshape(x.shape)
         return (x @ x[:1].mT @ x) @ self.out
 
 
@@ -343,7 +343,7 @@ UNUSUAL: dict[str, tuple[Callable[[], nn.Module], object, int, int]] = {
     "einsum": (Einsum, TOKENS, 2, 0),
     "one head of keys": (lambda: FewerHeads(1, fused=False), WIDE, 5, 0),
     "two heads of keys, fused": (lambda: FewerHeads(2, fused=True), WIDE, 5, 0),
-    "products": (Products, TOKENS, 4, 2),
+    "products": (Products, TOKENS, 6, 1),
     "in place": (InPlace, PHOTOS, 4, 0),
     "varying sizes": (Varying, SIZES, 6, 0),
     "one dimension": (lambda: nn.Sequential(nn.Linear(6, 4)), TOKENS[:, 0], 1, 0),

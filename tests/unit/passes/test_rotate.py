@@ -10,11 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vitq
+from vitq.core import roles
 from vitq.core.batches import Batches
 from vitq.core.errors import CompositionError
+from vitq.core.format import Bits, Format
 from vitq.core.progress import Silent
 from vitq.core.qmodel import QuantModel
-from vitq.core.recipe import PassSpec, Recipe
+from vitq.core.recipe import PassSpec, Recipe, Rule, resolve_recipe
 from vitq.core.rewrite import REWRITES
 from vitq.data.zoo import build_zoo, seeded_images
 from vitq.graph.trace import trace
@@ -248,18 +250,28 @@ def test_the_rewrites_replayed_on_float_weights_give_the_same_model(name: str) -
     assert all(torch.equal(p, qmodel.model.get_parameter(n)) for n, p in again.named_parameters())
 
 
-@pytest.mark.xfail(reason="issue 4: the error at 8 bits is 1.6 %, cause not looked into")
 def test_channel_scales_can_still_be_folded_into_the_norms() -> None:
-    images = seeded_images(8)
-    qmodel = vitq.quantize(build_zoo("seeded_vit"), "repq_vit+rotation", "w8a8", images, freeze=False)
-    assert qmodel.log["fold_norm_scale"] == {"norms": 6}
-    norm = qmodel.model.get_submodule("blocks.1.norm1")
-    assert isinstance(norm, nn.LayerNorm)
-    assert norm.weight.std() > 0
-    expected = run(build_zoo("seeded_vit"), images)
-    plain = vitq.quantize(build_zoo("seeded_vit"), "repq_vit", "w8a8", images)
-    noise, usual = ((run(each, images) - expected).square().mean() for each in (qmodel, plain))
-    assert noise < 2 * usual
+    images, others = seeded_images(8), seeded_images(64, seed=1)
+    # Evenly spaced after softmax: a logarithm, as coarse with 8 bits as with 5, would make most of the error.
+    evenly = Rule(Format("uniform", 8), (roles.SOFTMAX_OUT,))
+    expected, noise = run(build_zoo("seeded_vit"), others), []
+    for spec in ("repq_vit+rotation", "repq_vit"):
+        made = resolve_recipe(spec, Bits(8, 8))
+        recipe = Recipe("evenly", "none", (*made.formats, evenly), made.passes)
+        qmodel = vitq.quantize(build_zoo("seeded_vit"), recipe, "w8a8", images, freeze=False)
+        assert qmodel.log["fold_norm_scale"] == {"norms": 6}
+        norm = qmodel.model.get_submodule("blocks.1.norm1")
+        assert isinstance(norm, nn.LayerNorm)
+        assert norm.weight.std() > 0
+        noise.append((run(qmodel, others) - expected).square().mean())
+        qmodel.set_state("off")
+        assert (run(qmodel, others) - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert noise[0] < 0.9 * noise[1]
+
+
+def test_formats_that_choose_as_they_go_do_not_count_as_fitted() -> None:
+    qmodel = vitq.quantize(build_zoo("seeded_vit"), "uq_vit+rotation", "w8a8", seeded_images(4))
+    assert qmodel.log["rotate"]["rotated"] == {"streams": 1, "scores": 3, "values": 3}
 
 
 class Tricky(nn.Module):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import cache
+
 import pytest
-from torch import Tensor
 
 import vitq
 from vitq.calibrate.judge import Judge
@@ -14,25 +16,33 @@ from vitq.core.batches import Batches
 from vitq.core.format import Bits
 from vitq.core.progress import Silent
 from vitq.core.qmodel import QuantModel
-from vitq.core.recipe import resolve_recipe
+from vitq.core.recipe import PassSpec, resolve_recipe
 from vitq.data.zoo import build_zoo, zoo_images
 from vitq.passes.fit_products import FitProducts
 
 each_model = pytest.mark.parametrize("model", ["fashion_vit", "fashion_swin"])
 
 
-def images() -> tuple[Tensor, Tensor]:
-    """To calibrate on, and others."""
-    found = zoo_images("fashion_test")[0]
-    return found[:32], found[32:64]
+# The gradients of a trained model are large for few images: searched on 32 of them, a weighted error falls by a quarter
+# there and rises on others.
+CALIBRATION, OTHERS = 256, 96
+SAMPLE = {"rows": 1024, "entries": 128, "per_entry": 16, "steps": 25}
 
 
-def quantized(model: str, **options: object) -> QuantModel:
-    return vitq.quantize(build_zoo(model), "ptq4vit", "w4a4", images()[0], options=options, freeze=False)  # type: ignore[arg-type]
+@cache
+def quantized(model: str, **options: str | int) -> QuantModel:
+    """With more images and fewer steps than usual."""
+    recipe = resolve_recipe("ptq4vit", Bits(4, 4), options)
+    passes = [
+        PassSpec.of(p.name, **dict(p.options), **(SAMPLE if p.name == "fit_products" else {})) for p in recipe.passes
+    ]
+    images = zoo_images("fashion_calib")[0][:CALIBRATION]
+    return vitq.quantize(build_zoo(model), replace(recipe, passes=tuple(passes)), "w4a4", images, freeze=False)
 
 
-def errors(qmodel: QuantModel, others: Tensor, objective: str, *which: str) -> dict[str, float]:
+def errors(qmodel: QuantModel, objective: str, *which: str) -> dict[str, float]:
     """Owner and operand -> the error of its product on all rows of other images."""
+    others = zoo_images("fashion_test")[0][:OTHERS]
     found = [p for p in products(qmodel) if p.left.role in which or not which]
     step = FitProducts(objective, rows=0, entries=0, per_entry=0)
     errors = {}
@@ -48,25 +58,22 @@ def errors(qmodel: QuantModel, others: Tensor, objective: str, *which: str) -> d
     ("option", "role"), [("softmax", roles.SOFTMAX_OUT), ("gelu", roles.FC2_IN)], ids=["softmax", "gelu"]
 )
 def test_mechanism_two_ranges_lower_the_error_of_the_product(model: str, option: str, role: str) -> None:
-    _, others = images()
-    twin, uniform = (errors(quantized(model, **o), others, "mse", role) for o in ({}, {option: "uniform"}))
+    twin, uniform = (errors(quantized(model, **o), "mse", role) for o in ({}, {option: "uniform"}))
     ratios = [twin[site] / uniform[site] for site in twin]
     assert sum(ratios) / len(ratios) < 0.9, ratios
-    assert sum(ratio < 1 for ratio in ratios) >= len(ratios) - 1, ratios
+    assert sum(ratio < 1 for ratio in ratios) >= len(ratios) - 1, (sum(ratios) / len(ratios), ratios)
 
 
 @each_model
 def test_mechanism_weights_from_gradients_lower_the_weighted_error(model: str) -> None:
-    _, others = images()
-    weighted, plain = (errors(quantized(model, objective=o), others, "hessian") for o in ("hessian", "mse"))
+    weighted, plain = (errors(quantized(model, **o), "hessian") for o in ({}, {"objective": "mse"}))
     ratios = [weighted[site] / plain[site] for site in weighted]
-    assert sum(ratios) / len(ratios) < 0.97, ratios
+    assert sum(ratios) / len(ratios) < 0.97, (sum(ratios) / len(ratios), ratios)
 
 
 @each_model
 def test_mechanism_the_search_lowers_the_error_of_the_products(model: str) -> None:
-    _, others = images()
-    searched, ranges = (errors(quantized(model, rounds=r), others, "hessian") for r in (3, 0))
+    searched, ranges = (errors(quantized(model, **o), "hessian") for o in ({}, {"rounds": 0}))
     ratios = [searched[site] / ranges[site] for site in searched]
     assert sum(ratios) / len(ratios) < 0.7, ratios
 

@@ -12,6 +12,7 @@ from vitq.core.batches import Batches, first_of
 from vitq.core.errors import CompositionError
 from vitq.core.qmodel import QuantModel
 from vitq.core.rewrite import Rewrite
+from vitq.quantizers.base import Quantizer
 
 
 def store(parameter: Tensor, value: Tensor) -> None:
@@ -80,5 +81,6 @@ def require_unfitted(qmodel: QuantModel, name: str) -> None:
     Raises:
         CompositionError: some are.
     """
-    if any(qmodel.quantizers[site].fitted for site in qmodel.sites()):
+    quantizers = [qmodel.quantizers[site] for site in qmodel.sites()]
+    if any(isinstance(q, Quantizer) and q.fitted for q in quantizers):  # dynamic formats choose as they go
         raise CompositionError(f"pass {name!r} changes what scales are chosen from; put it before the first fit")
