@@ -1,11 +1,12 @@
 """How much each row of a linear's output matters to the model's output: tokens are not alike.
 
 Shapes:  weights (n,), one for each row that `Linear.rows` gives of all images, in their order; mean 1
-Formula: w = EVEN + (1 - EVEN) |g|^2 / mean |g|^2, g the gradient at the row (calibrate/sensitivity.py)
+Formula: w = EVEN + (1 - EVEN) |g|^2 / mean |g|^2, g the gradient at the row (calibrate/sensitivity.py), the mean over
+         the rows of its image: images count alike, whether the model is sure of them or not
 Source:  GuidedQuant, Kim et al., ICML 2025, arXiv 2505.07004, section 3, with one group of output channels
 
-Differs from it in the gradients, which are those of the Gauss-Newton Hessian of the divergence and need no labels, and
-in that a part counts alike: behind the last block of a classifier only one token in two hundred has a gradient.
+Differs from it in the gradients, which are those of the Gauss-Newton Hessian of the divergence and need no labels, in
+that images count alike, and in that a part of all rows does: behind the last block of a classifier only one token in two hundred has a gradient.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from vitq.core.qmodel import QuantModel
 
 EVEN = 0.1  # of all weight goes to rows alike
 PROBE = "hessian"
+TINY = torch.finfo(torch.float32).tiny
 SAME = 1e-3  # differences of float rounding, not of order
 
 
@@ -54,7 +56,7 @@ def row_weights(
 
         def watch(seen: int, images: int, live: Callable[[], bool]) -> None:
             for linear in found:
-                look = partial(_note, squares[linear.weight.id], 1 if linear.input.op != "linear" else -1)
+                look = partial(_note, squares[linear.weight.id], images, 1 if linear.input.op != "linear" else -1)
                 qmodel.quantizers[linear.input].product_observer = look
 
         with progress.task("weighing tokens", len(data.sizes)) as task:
@@ -67,13 +69,15 @@ def row_weights(
     return weights
 
 
-def _note(squares: list[Tensor], channel: int, made: Tensor) -> None:
-    """Room for the squared norms of these rows' gradients, filled when they come."""
+def _note(squares: list[Tensor], images: int, channel: int, made: Tensor) -> None:
+    """Room for the squared norms of these rows' gradients in parts of their image's, filled when they come."""
     number = len(squares)
     squares.append(made.new_zeros(made.numel() // made.shape[channel], dtype=torch.float32))
 
     def take(g: Tensor) -> None:
-        squares[number] = g.detach().float().movedim(channel, -1).square().sum(-1).flatten()
+        rows = g.detach().float().movedim(channel, -1).square().sum(-1).flatten()
+        each = rows.reshape(images, -1) if len(rows) % images == 0 else rows[None]
+        squares[number] = (each / each.sum(1, keepdim=True).clamp(min=TINY)).flatten()
 
     if made.requires_grad:
         made.register_hook(take)
