@@ -6,7 +6,8 @@ Formula: w = EVEN + (1 - EVEN) |g|^2 / mean |g|^2, g the gradient at the row (ca
 Source:  GuidedQuant, Kim et al., ICML 2025, arXiv 2505.07004, section 3, with one group of output channels
 
 Differs from it in the gradients, which are those of the Gauss-Newton Hessian of the divergence and need no labels, in
-that images count alike, and in that a part of all rows does: behind the last block of a classifier only one token in two hundred has a gradient.
+that images count alike, and in that a part of all rows does: behind the last block of a classifier only one token in
+two hundred has a gradient.
 """
 
 from __future__ import annotations
