@@ -16,6 +16,16 @@ from hypothesis import settings
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
+# Files that take minutes start first (below tests/), so that none of them is left for one worker at the end.
+LONG = (
+    "test_docs_run.py",
+    "conformance/test_recipes.py",
+    "conformance/test_modifiers.py",
+    "real/",
+    "hard/",
+    "unit/recipes/",
+)
+
 # Failing examples must be the same on every machine, and a slow core must not fail a test.
 settings.register_profile("ci", deadline=None, derandomize=True, max_examples=50, print_blob=True, database=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
@@ -33,6 +43,18 @@ def pytest_configure(config: pytest.Config) -> None:
         sys.dont_write_bytecode = False
     if threads := os.environ.get("OMP_NUM_THREADS"):
         torch.set_num_threads(int(threads))
+    if hasattr(config.option, "loadscopereorder"):  # xdist would begin with the files of many tests
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests of long files first."""
+
+    def place(item: pytest.Item) -> int:
+        path = item.path.relative_to(Path(__file__).parent).as_posix()
+        return next((i for i, long in enumerate(LONG) if path.startswith(long)), len(LONG))
+
+    items.sort(key=place)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
