@@ -23,7 +23,7 @@ demo: $(READY) ## run the main job on the embedded models
 
 test: check ## lint, types and every test
 # One thread per worker: more would make the workers fight for the same cores.
-	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 check: $(READY) ## formatting, lint and types, without the tests
 	@$(BIN)/ruff format --check .

@@ -57,11 +57,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=place)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Unit tests come last: a long file that starts last would keep one worker busy, and the others idle."""
-    items.sort(key=lambda item: "unit" in item.path.parts)
-
-
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Name each documentation block that was not run; test_docs_run.py records them."""
     notes = {  # a set: the set-up, call and teardown of a test each report it
