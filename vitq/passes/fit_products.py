@@ -5,7 +5,8 @@ Source:  the alternating search of Liu et al., arXiv 2106.14156, section 3.3, an
 
 Differs from their code in that results are judged on a sample of their rows (where gradients are given, one that
 follows them) instead of on all, so that a candidate costs a small part of a forward; and in that what a site has
-already takes part, so that the objective never gets worse on what is looked at.
+already takes part, so that no step makes the objective worse on what is looked at (cosine, which is taken for each
+scale group by itself, can still fall for the whole result).
 """
 
 from __future__ import annotations
