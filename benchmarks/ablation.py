@@ -27,6 +27,7 @@ RECIPE = "vitq_calib"
 WHOLE = "as it is"
 VARIANTS: dict[str, dict[str, Any]] = {
     WHOLE: {},
+    "softmax=log2": {"softmax": "log2"},
     "softmax=logsqrt2": {"softmax": "logsqrt2"},
     "gelu=uniform": {"gelu": "uniform"},
     "gelu=twin_gelu": {"gelu": "twin_gelu"},

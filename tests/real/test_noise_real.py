@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
@@ -11,27 +9,11 @@ from torch import Tensor
 import vitq
 from vitq.core.qmodel import QuantModel
 from vitq.core.roles import FC2_IN
-from vitq.data.images import open_images
-from vitq.data.source import LoadedModel, load_model
+from vitq.data.source import LoadedModel
 from vitq.quantizers.base import Quantizer
 
 pytestmark = pytest.mark.real
-MODEL = "deit_tiny_patch16_224"
 CALIBRATION, OTHERS = 16, 12
-
-
-@pytest.fixture(scope="module")
-def loaded(shared: Path) -> LoadedModel:
-    return load_model(MODEL, shared / "models" / f"{MODEL}.safetensors")
-
-
-@pytest.fixture(scope="module")
-def photos(shared: Path, loaded: LoadedModel) -> tuple[Tensor, Tensor]:
-    """To calibrate on, and others."""
-    sample = shared / "data" / "imagenet_sample"
-    calib = open_images(sample / "calib", labels="none").sample(CALIBRATION, seed=0).tensor(loaded.preprocess)
-    others = open_images(sample / "ablate", labels="none").sample(OTHERS, seed=0).tensor(loaded.preprocess)
-    return calib, others
 
 
 def ratios(qmodel: QuantModel, images: Tensor) -> dict[str, list[float]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,26 +13,10 @@ import vitq
 from vitq.calibrate.linears import linears
 from vitq.core import roles
 from vitq.core.qmodel import QuantModel
-from vitq.data.images import open_images
-from vitq.data.source import LoadedModel, load_model
+from vitq.data.source import LoadedModel
 
 pytestmark = pytest.mark.real
-MODEL = "deit_tiny_patch16_224"
 CALIBRATION, OTHERS = 8, 6
-
-
-@pytest.fixture(scope="module")
-def loaded(shared: Path) -> LoadedModel:
-    return load_model(MODEL, shared / "models" / f"{MODEL}.safetensors")
-
-
-@pytest.fixture(scope="module")
-def photos(shared: Path, loaded: LoadedModel) -> tuple[Tensor, Tensor]:
-    """To calibrate on, and others."""
-    sample = shared / "data" / "imagenet_sample"
-    calib = open_images(sample / "calib", labels="none").sample(CALIBRATION, seed=0).tensor(loaded.preprocess)
-    others = open_images(sample / "ablate", labels="none").sample(OTHERS, seed=0).tensor(loaded.preprocess)
-    return calib, others
 
 
 @pytest.fixture(scope="module")

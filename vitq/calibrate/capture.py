@@ -30,11 +30,37 @@ from vitq.core.site import Site
 class Watcher(Protocol):
     """What looks at the values of one site."""
 
-    def observe(self, x: Tensor, images: int) -> None:
-        """Take in the site's tensor of one micro-batch, which holds so many images."""
+    def observe(self, x: Tensor, images: int) -> Tensor | None:
+        """Take in the site's tensor of one micro-batch, which holds so many images.
+
+        May return what the site's quantizer makes of it, as far as `finish` does not change that.
+        """
 
     def finish(self) -> None:
         """All micro-batches have been seen: act on them, for example fit and switch on the quantizer."""
+
+
+@contextmanager
+def switched_off(qmodel: QuantModel, watched: list[Site]) -> Iterator[None]:
+    """Quantizers off for a while, weights in their decoded values excepted; observers of these sites end with it."""
+    states = {site.id: qmodel.quantizers[site].state for site in qmodel.sites()}
+    try:
+        qmodel.set_state("off", [site for site in qmodel.sites() if not qmodel.quantizers[site].baked])
+        with watching(qmodel, watched):
+            yield
+    finally:
+        for name, state in states.items():
+            qmodel.quantizers[name].state = state
+
+
+@contextmanager
+def watching(qmodel: QuantModel, sites: list[Site]) -> Iterator[None]:
+    """Observers that these sites get in between are taken away at the end."""
+    try:
+        yield
+    finally:
+        for site in sites:
+            qmodel.quantizers[site].observer = qmodel.quantizers[site].product_observer = None
 
 
 @torch.no_grad()
@@ -43,20 +69,13 @@ def watch_parallel(
 ) -> None:
     """Show every site the values that the float model gives it, then finish all of them."""
     active = {site.id: make(site) for site in sites}
-    states = {s.id: qmodel.quantizers[s].state for s in qmodel.sites()}
-    qmodel.set_state("off", [s for s in qmodel.sites() if not qmodel.quantizers[s].baked])
-    try:
-        with progress.task("observing", len(data.sizes)) as task:
-            for batch, images in zip(data, data.sizes, strict=True):
-                for site in sites:
-                    _observe_with(qmodel, site, partial(active[site.id].observe, images=images))
-                data.forward(qmodel.model, batch)
-                give_back()
-                task.advance()
-    finally:
-        for name, state in states.items():
-            qmodel.quantizers[name].observer = None
-            qmodel.quantizers[name].state = state
+    with switched_off(qmodel, sites), progress.task("observing", len(data.sizes)) as task:
+        for batch, images in zip(data, data.sizes, strict=True):
+            for site in sites:
+                _observe_with(qmodel, site, partial(active[site.id].observe, images=images))
+            data.forward(qmodel.model, batch)
+            give_back()
+            task.advance()
     for watcher in active.values():
         watcher.finish()
 
@@ -67,7 +86,7 @@ def watch_prefix(
 ) -> None:
     """Show every site the values that the quantized prefix gives it, and finish it before the next one."""
     pending = {site.id: site for site in sites}
-    try:
+    with watching(qmodel, sites):
         if len(data.sizes) == 1:
             with progress.task("calibrating on the quantized prefix", len(sites)) as task:
                 _finish_as_reached(qmodel, pending, make, task, data.count)
@@ -75,24 +94,22 @@ def watch_prefix(
         else:
             with progress.task("calibrating block by block", len(sites)) as task:
                 _Stages(qmodel, pending, make, data, task).run()
-    finally:
-        for site in sites:
-            qmodel.quantizers[site].observer = None
 
 
-def _observe_with(qmodel: QuantModel, site: Site, look: Callable[[Tensor], None]) -> None:
+def _observe_with(qmodel: QuantModel, site: Site, look: Callable[[Tensor], Tensor | None]) -> None:
     qmodel.quantizers[site].observer = lambda quantizer, x: look(x)
 
 
 def _finish_as_reached(
     qmodel: QuantModel, pending: dict[str, Site], make: Callable[[Site], Watcher], task: Task, images: int
 ) -> None:
-    def finish(site: Site, x: Tensor) -> None:
+    def finish(site: Site, x: Tensor) -> Tensor | None:
         qmodel.quantizers[site].observer = None
         watcher = make(site)
-        watcher.observe(x, images)
+        known = watcher.observe(x, images)
         watcher.finish()
         task.advance()
+        return known
 
     for site in pending.values():
         _observe_with(qmodel, site, partial(finish, site))

@@ -33,7 +33,7 @@ class Moments:
         if weights is None:
             self.total += rows.sum(0, dtype=torch.float64)
         else:
-            self.total += weights.double() @ rows.double()
+            self.total += sum(w @ part for w, part in zip(weights.split(ROWS), rows.split(ROWS), strict=True)).double()
             rows = rows * weights.sqrt()[:, None]
         if self.products is not None:
             for part in rows.split(ROWS):

@@ -21,6 +21,7 @@ TAIL = 0.001  # share of the values that each tail holds: the lowest percentile 
 SAMPLE = 2**17  # values of the body kept per site …
 SAMPLE_PER_GROUP = 512  # … but at least so many per group
 PENDING = 2**16  # values of tails that may wait to be merged
+GUESS = 2**13  # of the sample, to guess where a tail begins
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class Sketch:
         Raises:
             DataError: NaN or Inf in it.
         """
-        low, high = torch.aminmax(x, dim=1)
+        low, high = ends(x)
         if not bool(torch.isfinite(low).all() and torch.isfinite(high).all()):
             raise DataError("NaN or Inf among the values")
         if self._low is None or self._high is None:
@@ -150,7 +151,7 @@ class Sketch:
             top = x.topk(size, dim=1).values
             bottom = x[:, :0] if self.one_sided else x.topk(size, dim=1, largest=False).values
             return body, top, bottom
-        sample = body[0].sort().values
+        sample = body[0, :: max(1, body.shape[1] // GUESS)].sort().values
         top = _largest(x[0], sample, size)[None]
         return body, top, x[:, :0] if self.one_sided else -_largest(-x[0], -sample.flip(0), size)[None]
 
@@ -182,6 +183,14 @@ class Sketch:
         weight = rest / inside.sum(1).clamp(min=1)
         body = torch.where(inside, body, math.nan)
         return Statistics(self._count, self._low, self._high, bottom, top, body, weight, False)
+
+
+def ends(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(G,) smallest and largest of (G, n); of one row many times faster without a dimension."""
+    if len(x) > 1:
+        return torch.aminmax(x, dim=1)
+    low, high = torch.aminmax(x)
+    return low[None], high[None]
 
 
 def _largest(row: Tensor, sample: Tensor, size: int) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitq.calibrate.observe import ends
 from vitq.core.qmodel import QuantModel
 from vitq.core.site import Call, Site
 from vitq.graph.attention import shared
@@ -229,7 +230,7 @@ class Samples:
         quantizer = self.quantizers[side == "right"]
         if quantizer is None:
             return
-        low, high = torch.aminmax(quantizer.layout.by_group(x.float()), dim=1)
+        low, high = ends(quantizer.layout.by_group(x.float()))
         if side in self.ranges:
             low, high = torch.minimum(low, self.ranges[side][0]), torch.maximum(high, self.ranges[side][1])
         self.ranges[side] = (low, high)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from vitq.calibrate.capture import watch_parallel
+from vitq.calibrate.capture import switched_off, watch_parallel
 from vitq.calibrate.linears import watchable
 from vitq.core.batches import Batches, split
 from vitq.core.progress import Silent
@@ -202,11 +202,6 @@ def _exact(qmodel: QuantModel, one: Batches, paths: Collection[ValuePath]) -> bo
 
 def _outputs(qmodel: QuantModel, one: Batches) -> list[Tensor]:
     """What the float model makes of the one image."""
-    states = {site.id: qmodel.quantizers[site].state for site in qmodel.sites()}
-    qmodel.set_state("off")
-    try:
+    with switched_off(qmodel, []):
         out: Any = one.forward(qmodel.model, next(iter(one)))
-    finally:
-        for site, state in states.items():
-            qmodel.quantizers[site].state = state
     return [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor) and t.is_floating_point() and t.numel()]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any, Protocol, cast
 
 import torch
@@ -83,6 +83,7 @@ class QuantModel(nn.Module):
         plan: what was asked for, resolved.
         rewrites: what was changed in the model, in order; replayed by `load`.
         pending: rewrites that wait for the final codes: `freeze` calls each of these functions with this model.
+        memo: what passes measured that others need again; emptied by `freeze`.
         log: what the passes report, by pass.
         example: what the example that it was traced with looks like.
         source, preprocess: how to build the model again and how to prepare its images; filled by the
@@ -105,6 +106,7 @@ class QuantModel(nn.Module):
         self.plan = plan
         self.rewrites: list[Rewrite] = []
         self.pending: list[Callable[[QuantModel], None]] = []
+        self.memo: dict[Hashable, Any] = {}
         self.log: dict[str, Any] = {}
         self.source: dict[str, Any] | None = None
         self.preprocess: dict[str, Any] | None = None
@@ -178,6 +180,7 @@ class QuantModel(nn.Module):
             quantizer.freeze()
         while self.pending:
             self.pending.pop(0)(self)
+        self.memo.clear()
         for site in self.sites(WEIGHT) if bake else []:
             quantizer, weight = self.quantizers[site], self.weight(site)
             if weight is not None and not quantizer.baked:

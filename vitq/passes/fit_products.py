@@ -13,13 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 from typing import final
 
 import torch
 from torch import Tensor
 
+from vitq.calibrate.capture import switched_off
+from vitq.calibrate.importance import PROBE, Weighing
 from vitq.calibrate.judge import PART, Judge
-from vitq.calibrate.linears import watchable
+from vitq.calibrate.linears import linears, watchable
 from vitq.calibrate.objective import OBJECTIVES
 from vitq.calibrate.products import Product, Samples, products
 from vitq.calibrate.progressive import finalists
@@ -33,7 +36,7 @@ from vitq.core.roles import SOFTMAX_OUT
 from vitq.quantizers.base import Params, Quantizer
 
 Operands = tuple[Quantizer | None, Quantizer | None]
-SCANNED = 16  # of what a format has to choose besides a range, with every range
+SCANNED = 8  # of what a format has to choose besides a range, with every range
 
 
 @PASSES.register("fit_products")
@@ -53,6 +56,8 @@ class FitProducts(Pass):
         mixed: only operands whose scale groups mix in the product: channel scales of inputs, before they are folded.
         rows: sample of rows of a linear; entries, per_entry: images or windows of a product of activations, and rows
             of each. 0 takes all.
+        weigh: note on the way how much tokens count, where the objective has gradients that tell; passes behind that
+            want it (`weighted`) need no backward of their own then.
 
     Einsums, products of one weight with several inputs, and dynamic formats are left as they are.
     """
@@ -79,6 +84,7 @@ class FitProducts(Pass):
         rows: int = 256,
         entries: int = 16,
         per_entry: int = 32,
+        weigh: bool = False,
         seed: int = 0,
     ) -> None:
         if objective not in OBJECTIVES:
@@ -95,6 +101,7 @@ class FitProducts(Pass):
         self.steps, self.weights, self.rounds, self.seed = steps, weights, rounds, seed
         self.search, self.alone, self.mixed = search, alone, mixed
         self.rows, self.entries, self.per_entry = rows, entries, per_entry
+        self.weigh = weigh and self.objective.probe == PROBE
 
     def check(self, qmodel: QuantModel, data: Batches | None) -> None:
         """Refuse to work without images."""
@@ -132,20 +139,25 @@ class FitProducts(Pass):
         for product in found:
             limits = (self.rows or everything, self.entries or everything, self.per_entry or everything)
             sampled[product] = Samples(product, _quantizers(qmodel, product), *limits, data.count)
-        states = {s.id: qmodel.quantizers[s].state for s in qmodel.sites()}
-        sites = list({s.id: s for p in found for s in (p.left, p.right)}.values())
-        with watchable(qmodel, sites), progress.task("observing products", len(data.sizes)) as task:
-            try:
-                qmodel.set_state("off", [s for s in qmodel.sites() if not qmodel.quantizers[s].baked])
+        weighed = linears(qmodel) if self.weigh else []
+        sites = list({s.id: s for s in chain(*((p.left, p.right) for p in found), (w.input for w in weighed))}.values())
+        with watchable(qmodel, sites), switched_off(qmodel, sites):
+            weighing = Weighing(qmodel, data, weighed)
 
-                def watch(seen: int, images: int, live: Callable[[], bool] | None = None) -> None:
-                    for product, samples in sampled.items():
-                        qmodel.quantizers[product.left].observer = partial(_show, samples.see_left)
-                        if product.right.param is None:
-                            qmodel.quantizers[product.right].observer = partial(_show, samples.see_right)
-                        look = partial(samples.see_made, seen=seen, images=images, live=live)
-                        qmodel.quantizers[product.left].product_observer = look
+            def watch(seen: int, images: int, live: Callable[[], bool] | None = None) -> None:
+                looks: dict[str, list[Callable[[Tensor], None]]] = {site.id: [] for site in sites}
+                for site in sites:
+                    if look := weighing.look(site, images):
+                        looks[site.id].append(look)
+                for product, samples in sampled.items():
+                    qmodel.quantizers[product.left].observer = partial(_show, samples.see_left)
+                    if product.right.param is None:
+                        qmodel.quantizers[product.right].observer = partial(_show, samples.see_right)
+                    looks[product.left.id].append(partial(samples.see_made, seen=seen, images=images, live=live))
+                for site in sites:
+                    qmodel.quantizers[site].product_observer = partial(_show_all, looks[site.id])
 
+            with progress.task("observing products", len(data.sizes)) as task:
                 if self.objective.probe is None:
                     seen = 0
                     for batch, images in zip(data, data.sizes, strict=True):
@@ -155,13 +167,8 @@ class FitProducts(Pass):
                         task.advance()
                 else:
                     run_backward(qmodel, data, self.objective.probe, self.seed, watch, task)
-            finally:
-                for site in sites:
-                    quantizer = qmodel.quantizers[site]
-                    quantizer.observer = quantizer.product_observer = None
-                    quantizer.state = states.get(site.id, "off")
-                for name, state in states.items():
-                    qmodel.quantizers[name].state = state
+        if weighed:
+            weighing.remember(self.seed)
         return sampled
 
     def _fit(self, judge: Judge, samples: Samples) -> float:
@@ -212,12 +219,17 @@ class FitProducts(Pass):
         each = len(next(iter(tried.values()))) // self.steps
         if each < 2 * SCANNED:
             return _different(tried)
-        # Too many for each range: the range is chosen with a few of them, then all are tried with that range.
+        # Too many for each range: the range is chosen with a few of them, then those near the best are tried with it.
         few = torch.arange(each * self.steps, device=bottom.device) % each % (each // SCANNED) == 0
         some = _different({name: value[few] for name, value in tried.items()})
         some = {name: torch.cat([now[name], value]) for name, value in some.items()}
         best = judge.best(side, some, alone=alone)
-        return quantizer.variants({name: value.gather(0, best) for name, value in some.items()})
+        chosen = {name: value.gather(0, best) for name, value in some.items()}
+        every = quantizer.variants(chosen)
+        at = torch.stack([value == chosen[name] for name, value in every.items()]).all(0).int().argmax(0)
+        around = torch.arange(-(each // SCANNED), each // SCANNED + 1, device=bottom.device)[:, None]
+        near = (at + around).clamp(0, each - 1)
+        return _different({name: value.gather(0, near) for name, value in every.items()})
 
     def _progressive(
         self, judge: Judge, side: str, quantizer: Quantizer, samples: Samples, now: Params, alone: bool
@@ -260,6 +272,10 @@ def _quantizer(qmodel: QuantModel, site: str) -> Quantizer | None:
     return found if isinstance(found, Quantizer) else None
 
 
-def _show(look: object, quantizer: object, x: Tensor) -> None:
-    assert callable(look)
+def _show(look: Callable[[Tensor], None], quantizer: object, x: Tensor) -> None:
     look(x)
+
+
+def _show_all(looks: list[Callable[[Tensor], None]], x: Tensor) -> None:
+    for look in looks:
+        look(x)

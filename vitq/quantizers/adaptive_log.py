@@ -34,7 +34,7 @@ SHIFT = 0.16997124254703522  # GELU(x) >= -SHIFT
 OCTAVES = 20  # levels further below the scale are zero: float32 has no room for them beside SHIFT
 SMALLEST = 1e-30  # a scale for a group that is all zero
 LARGEST = torch.finfo(torch.float32).max / 2
-CHUNK = 2**15  # values looked up at a time: they stay in the cache
+CHUNK = 2**17  # values looked up at a time: they stay in the cache, and are enough for a few threads
 
 # The bits of a float32, read as a whole number, are a line through its logarithm: never above it, and at most 0.0861
 # octaves below. So they name a step or the one after it, as long as a step has more octaves than that.
@@ -129,7 +129,7 @@ class AdaptiveLogQuantizer(Quantizer):
     def encode_with(self, x: Tensor, params: Params) -> Tensor:
         """Nearest code in the logarithmic domain; zero and what is too small get the zero code."""
         q, y = params["q"], self._share(x, params)
-        code = self._looked_up(y.detach(), q, self._codes(q).float())
+        code = self._looked_up(y.detach(), q, self._bounds(q), self._codes(q).float())
         return straight_through(code, y.log2() * (-STEPS / q)) if y.requires_grad else code
 
     def decode_with(self, code: Tensor, params: Params) -> Tensor:
@@ -145,14 +145,29 @@ class AdaptiveLogQuantizer(Quantizer):
         """decode(encode(x)), piece by piece where there are no gradients."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self.decode_with(self.encode_with(x, params), params)
-        q, y = params["q"], self._share(x, params)
-        levels = self._levels(q, self._codes(q))
-        if q.numel() == 1 and y.is_contiguous():
-            for part in y.view(-1).split(CHUNK):
-                part.copy_(self._looked_up(part, q.reshape(1), levels.reshape(1, -1)))
-        else:
-            y = self._looked_up(y, q, levels)
-        y = y.mul_(params["scale"])
+        q = params["q"]
+        bounds, levels = self._bounds(q), self._levels(q, self._codes(q))
+        if q.numel() == 1:
+            return self._in_pieces(x, params, bounds, levels)
+        if q.ndim == x.ndim and q.numel() == len(x):  # candidates: a few at a time
+            made = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+            for few in torch.arange(len(x)).split(max(1, CHUNK * len(x) // x.numel())):
+                at = slice(int(few[0]), int(few[-1]) + 1)
+                simulate = self._simulated if len(few) > 1 else self._in_pieces
+                made[at] = simulate(x[at], {n: p[at] for n, p in params.items()}, bounds[at], levels[at])
+            return made
+        return self._simulated(x, params, bounds, levels)
+
+    def _in_pieces(self, x: Tensor, params: Params, bounds: Tensor, levels: Tensor) -> Tensor:
+        made = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+        params = {name: value.reshape(1) for name, value in params.items()}
+        bounds, levels = bounds.reshape(1, -1), levels.reshape(1, -1)
+        for part, to in zip(x.reshape(-1).split(CHUNK), made.view(-1).split(CHUNK), strict=True):
+            to.copy_(self._simulated(part, params, bounds, levels))
+        return made
+
+    def _simulated(self, x: Tensor, params: Params, bounds: Tensor, levels: Tensor) -> Tensor:
+        y = self._looked_up(self._share(x, params), params["q"], bounds, levels).mul_(params["scale"])
         return y.sub_(self.shift) if self.shifted else y
 
     def _share(self, x: Tensor, params: Params) -> Tensor:
@@ -160,12 +175,12 @@ class AdaptiveLogQuantizer(Quantizer):
         y = (x + self.shift) / params["scale"] if self.shifted else x / params["scale"]
         return y.clamp(2.0 ** -(OCTAVES + 2), 1.0) if y.requires_grad else y.clamp_(2.0 ** -(OCTAVES + 2), 1.0)
 
-    def _looked_up(self, y: Tensor, q: Tensor, table: Tensor) -> Tensor:
+    def _looked_up(self, y: Tensor, q: Tensor, bounds: Tensor, table: Tensor) -> Tensor:
         """table (*q.shape, steps), a value for each number of steps below the scale, at the steps of y; NaN for NaN."""
         per_octave = STEPS / q
         steps = y.view(torch.int32).to(torch.float32).mul_(per_octave / -UNIT)
         steps = steps.add_(BIAS * per_octave - (0.5 - SLACK)).clamp_(0, 2**self.bits).floor_()
-        steps.add_(_picked(self._bounds(q), steps).gt_(y))  # the right one, or the one before it
+        steps.add_(_picked(bounds, steps).gt_(y))  # the right one, or the one before it
         return _picked(table, steps).add_(y, alpha=0)
 
     def _bounds(self, q: Tensor) -> Tensor:

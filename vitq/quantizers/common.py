@@ -3,7 +3,8 @@
 States:  off      the input is returned as it is
          on       fake quantization: the value of the nearest code
          learn    the same, and scales are parameters
-         observe  is not a state of its own: an observer that is set sees x first, and may fit the quantizer
+         observe  is not a state of its own: an observer that is set sees x first, may fit the quantizer, and may return
+                  what `forward` gives, if it knows that already
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 State = Literal["off", "on", "learn"]
-Observer = Callable[["AnyQuantizer", Tensor], None]
+Observer = Callable[["AnyQuantizer", Tensor], Tensor | None]
 
 
 class AnyQuantizer(nn.Module):
@@ -95,7 +96,9 @@ class AnyQuantizer(nn.Module):
         """x as the product sees it."""
         if self.observer is not None:
             with torch._C.DisableTorchFunction():  # products of an observer are not the model's
-                self.observer(self, x)
+                known = self.observer(self, x)
+            if known is not None:
+                return known
         if self.state == "off" or self.baked:
             return x
         return self.quantized(x) if self.rounded is None else self.rounded

@@ -12,9 +12,9 @@ PTQ4ViT, as in the port.
 
 It differs from the port in that weights have a scale per output channel (there one per linear, three for query, key
 and value), that the patch embedding's input has 8 bits (there float), that the tenth is taken for each candidate (there
-for all that are scored together), that the grid of linears and of
-queries, keys and values goes down to 0.1 (there 0.7 and 0.9: with those almost nothing is left at 4 bits once their
-inputs are quantized), and that candidates are judged on a sample of rows (passes/fit_products.py).
+for all that are scored together), that the grid of linears and of queries, keys and values goes down to 0.1 (there 0.7
+and 0.9: with those almost nothing is left at 4 bits once their inputs are quantized), and that candidates are judged on
+a sample of rows (passes/fit_products.py).
 """
 
 from __future__ import annotations

@@ -7,9 +7,10 @@ Each part is somebody's, and differs from the original where the recipe that is 
 - logarithms to a searched base after softmax and, shifted, after GELU (`adalog`: arXiv 2407.12951);
 - every scale and base by the error of the product it is used in, weighted with squared gradients (`ptq4vit`: arXiv
   2111.12293), in one round over the products;
-- codes of weights column by column, each making up for those before (`gptq`: arXiv 2210.17323), and last the biases
-  (`bias_correction`: arXiv 1906.04721), both on what the quantized model before gives. For both, tokens count by their
-  gradients (calibrate/importance.py; the idea is GuidedQuant's, arXiv 2505.07004): a class token is one in two hundred.
+- codes of weights column by column, each making up for those before (`gptq`: arXiv 2210.17323), and then the bias
+  (`bias_correction`: arXiv 1906.04721), linear by linear on what the quantized model before gives. For both, tokens
+  count by their gradients (calibrate/importance.py; the idea is GuidedQuant's, arXiv 2505.07004): a class token is one
+  in two hundred.
 
 One setting for all models and widths. Every part has a switch, and results/ablation.csv what it is worth.
 """
@@ -30,7 +31,7 @@ def vitq_calib(
     balance: bool = True,
     objective: str = "hessian",
     rounds: int = 1,
-    steps: int = 20,
+    steps: int = 16,
     columns: bool = True,
     biases: bool = True,
     weighted: bool = True,
@@ -38,7 +39,7 @@ def vitq_calib(
     """Balanced channels, searched logarithms, scales by gradients, weights that make up for one another.
 
     Args:
-        softmax: format of attention probabilities: adaptive_log, or logsqrt2.
+        softmax: format of attention probabilities: adaptive_log, or another for one scale, such as log2.
         gelu: format behind GELU: adaptive_log, or another for one scale, such as uniform or twin_gelu.
         balance: False folds the channel scales behind norms as repq_vit does, and leaves those behind attention.
         objective: how scales are judged (calibrate/objective.py).
@@ -49,11 +50,12 @@ def vitq_calib(
         weighted: for codes of weights and for biases, tokens count by their gradients.
     """
     fit = PassSpec.of("fit", method="percentile_mse", weight_method="percentile_mse", flow="prefix")
-    search = PassSpec.of("fit_products", objective=objective, rounds=max(rounds, 1), steps=steps)
+    balanced = PassSpec.of("balance_channels", rows=128, method="minmax", flow="parallel")
+    search = PassSpec.of("fit_products", objective=objective, rounds=max(rounds, 1), steps=steps, weigh=weighted)
+    columns_and_biases = PassSpec.of("round_columns", weighted=weighted, biases=biases)
     folded = (roles.QKV_IN, roles.FC1_IN, roles.MERGE_IN)
     per_channel = Format("uniform", act_bits, "channel")
     searched = "adaptive_log"
-    after_softmax = Format.of(softmax, act_bits, unit=True) if softmax == searched else Format(softmax, act_bits)
     after_gelu = Format.of(gelu, act_bits, shifted=True) if gelu == searched else Format(gelu, act_bits)
     return Recipe(
         name="vitq_calib",
@@ -63,17 +65,17 @@ def vitq_calib(
             Rule(per_channel, roles=folded, after_norm=True),
             *((Rule(per_channel, roles=(roles.PROJ_IN,)),) if balance else ()),
             *(Rule(after_gelu, (roles.FC2_IN,), producer=name) for name in ("gelu", "quick_gelu")),
-            Rule(after_softmax, roles=(roles.SOFTMAX_OUT,)),
+            Rule(Format(softmax, act_bits), roles=(roles.SOFTMAX_OUT,)),
             Rule(Format("uniform", 8), roles=(roles.PATCH_IN, roles.CONV_IN)),
             Rule(Format("uniform", weight_bits, "channel"), roles=(roles.WEIGHT,)),
         ),
         passes=(
-            fit,
-            PassSpec.of("balance_channels" if balance else "fold_norm_scale"),
+            PassSpec.of("fit") if balance else fit,
+            balanced if balance else PassSpec.of("fold_norm_scale"),
             fit,
             *((search,) if rounds else ()),
-            *((PassSpec.of("round_columns", weighted=weighted),) if columns else ()),
-            *((PassSpec.of("correct_bias", weighted=weighted),) if biases else ()),
+            *((columns_and_biases,) if columns else ()),
+            *((PassSpec.of("correct_bias", weighted=weighted),) if biases and not columns else ()),
             *((PassSpec.of("fold_input_shift"),) if gelu == searched else ()),
         ),
     )

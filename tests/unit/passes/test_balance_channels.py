@@ -313,7 +313,7 @@ def test_what_nothing_can_take_up_gets_one_scale_and_is_counted() -> None:
     assert bool(run(qmodel, x).isfinite().all())
 
 
-@pytest.mark.parametrize("bad", [{"rows": 0}, {"rows": -3}])
+@pytest.mark.parametrize("bad", [{"rows": 0}, {"rows": -3}, {"flow": "sideways"}])
 def test_arguments_that_make_no_sense_are_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(CompositionError, match="balance_channels"):
         PassSpec.of("balance_channels", **bad).build()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -238,16 +239,11 @@ def test_rotated_twice_it_is_still_the_same_model(name: str) -> None:
 
 
 @each_model
-def test_the_rewrites_replayed_on_float_weights_give_the_same_model(name: str) -> None:
+def test_the_rewrites_replayed_on_float_weights_give_the_same_model(
+    name: str, assert_replays: Callable[[nn.Module, QuantModel], None]
+) -> None:
     model, images = build_zoo(name), seeded_images(2)
-    qmodel = rotated(model, images, "streams", "scores", "values")
-    again = copy.deepcopy(model)
-    for rewrite in qmodel.rewrites:
-        replayed = REWRITES[rewrite.name](rewrite.args, rewrite.tensors)
-        replayed.prepare(again)
-        replayed.apply(again)
-    assert [n for n, _ in again.named_parameters()] == [n for n, _ in qmodel.model.named_parameters()]
-    assert all(torch.equal(p, qmodel.model.get_parameter(n)) for n, p in again.named_parameters())
+    assert_replays(model, rotated(model, images, "streams", "scores", "values"))
 
 
 def test_channel_scales_can_still_be_folded_into_the_norms() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +13,8 @@ from torch import Tensor, nn
 import vitq
 from vitq.calibrate.search import Search
 from vitq.core.errors import CompositionError, InputError
-from vitq.core.format import Format
+from vitq.core.format import Bits, Format
+from vitq.core.recipe import PassSpec, Recipe, resolve_recipe
 from vitq.data.zoo import build_zoo, seeded_images
 from vitq.passes.round.columns import RoundColumns, choose
 from vitq.quantizers.base import Quantizer
@@ -139,3 +142,19 @@ def test_values_that_no_code_has_are_refused() -> None:
 def test_a_damp_that_cannot_be_is_refused() -> None:
     with pytest.raises(CompositionError, match=r"damp 0\.0 must be in"):
         RoundColumns(damp=0.0)
+
+
+def test_biases_on_the_way_are_those_of_a_correction_behind_it() -> None:
+    """The last linear's input is the same in both: what differs before it is only when biases were corrected."""
+    model, images = build_zoo("seeded_vit"), seeded_images(8)
+    base = resolve_recipe("repq_vit", Bits(3, 4))
+    together = (PassSpec.of("round_columns", biases=True),)
+    apart = (PassSpec.of("round_columns"), PassSpec.of("correct_bias"))
+    means = []
+    for passes in ((), together, apart):
+        recipe = Recipe("biases", "none", base.formats, (*base.passes, *passes))
+        qmodel = vitq.quantize(copy.deepcopy(model), recipe, "w3a4", images)
+        with torch.no_grad():
+            means.append((qmodel(images) - model(images)).mean(0).norm())
+        assert [r.name for r in qmodel.rewrites].count("shift_bias") == bool(passes)
+    assert max(means[1:]) < 0.05 * means[0]

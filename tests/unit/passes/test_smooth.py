@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,7 +14,6 @@ from vitq.core.batches import Batches
 from vitq.core.errors import CompositionError
 from vitq.core.progress import Silent
 from vitq.core.qmodel import QuantModel
-from vitq.core.rewrite import REWRITES
 from vitq.data.zoo import build_zoo, seeded_images
 from vitq.graph.trace import trace
 from vitq.passes.reparam.smooth import SmoothChannels
@@ -181,16 +181,11 @@ def product(x: Tensor, linear: nn.Module) -> Tensor:
 
 
 @each_model
-def test_the_rewrites_replayed_on_float_weights_give_the_same_model(name: str) -> None:
+def test_the_rewrites_replayed_on_float_weights_give_the_same_model(
+    name: str, assert_replays: Callable[[nn.Module, QuantModel], None]
+) -> None:
     model, images = build_zoo(name), seeded_images(2)
-    qmodel = smoothed(model, images, "norms", "values", "scores")
-    again = copy.deepcopy(model)
-    for rewrite in qmodel.rewrites:
-        replayed = REWRITES[rewrite.name](rewrite.args, rewrite.tensors)
-        replayed.prepare(again)
-        replayed.apply(again)
-    assert [n for n, _ in again.named_parameters()] == [n for n, _ in qmodel.model.named_parameters()]
-    assert all(torch.equal(p, qmodel.model.get_parameter(n)) for n, p in again.named_parameters())
+    assert_replays(model, smoothed(model, images, "norms", "values", "scores"))
 
 
 def test_sites_that_are_left_in_float_are_watched_all_the_same() -> None:

@@ -123,6 +123,18 @@ def test_several_bases_at_once_give_what_each_gives_alone(per: str, shifted: boo
     torch.testing.assert_close(quantizer.layout.by_group(found), torch.stack(alone), rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("values", [200, 90_000])
+@pytest.mark.parametrize("shifted", [False, True])
+def test_candidates_are_tried_a_few_at_a_time_with_the_same_result(values: int, shifted: bool) -> None:
+    quantizer = AdaptiveLogQuantizer(4, shifted=shifted)
+    params = {"scale": torch.linspace(0.5, 3, 5)[:, None], "q": torch.linspace(10, 60, 5).round()[:, None]}
+    x = torch.randn(values)
+    with torch.no_grad():
+        found = quantizer.simulate_with(x.expand(5, -1), params)
+        alone = [quantizer.simulate_with(x, {name: value[k] for name, value in params.items()}) for k in range(5)]
+    torch.testing.assert_close(found, torch.stack(alone), rtol=0, atol=0)
+
+
 def test_what_is_shifted_covers_gelu_from_its_least_value_on() -> None:
     wide = torch.linspace(-6, 6, 100001, dtype=torch.float64)
     assert float(F.gelu(wide).min()) == pytest.approx(-SHIFT, abs=1e-7)

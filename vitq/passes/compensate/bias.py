@@ -58,28 +58,64 @@ class CorrectBias(Pass):
         """Correct every bias."""
         assert data is not None
         every = linears(qmodel)
-        found = {linear.input.id: linear for linear in every if linear.module is not None}
-        sites = [linear.input for linear in found.values()]
+        weights = row_weights(qmodel, data, every, progress) if self.weighted else {}
+        with watchable(qmodel, [linear.input for linear in every]):
+            biases = Biases(qmodel, every, weights, data, progress)
+            watch_prefix(qmodel, [linear.input for linear in biases.linears.values()], biases.watcher, data, progress)
+            biases.keep()
+
+
+class Biases:
+    """Finds what the linears of the float model put out on average, and gives it to the quantized ones.
+
+    Attributes:
+        linears: those whose biases can be corrected, by input site.
+
+    Args:
+        found: linears, of which those that have no module of their own or are called several times are passed over.
+        weights: of their rows, by weight site, where these do not count alike.
+    """
+
+    def __init__(
+        self, qmodel: QuantModel, found: list[Linear], weights: dict[str, Tensor], data: Batches, progress: Progress
+    ) -> None:
+        self.qmodel, self.weights = qmodel, weights
+        own = {linear.input.id: linear for linear in found if linear.module is not None}
+        sites, batches = [linear.input for linear in own.values()], len(data.sizes)
         wanted: dict[str, Tensor] = {}
-        shifts: dict[str, Tensor] = {}
-        batches = len(data.sizes)
-        weights = row_weights(qmodel, data, list(found.values()), progress) if self.weighted else {}
+        watch_parallel(
+            qmodel, sites, lambda s: _Mean(qmodel, own[s.id], self.rows(s, own), wanted, batches), data, progress
+        )
+        self.wanted = wanted
+        self.linears = {site: linear for site, linear in own.items() if str(linear.module) in wanted}
+        self.shifts: dict[str, Tensor] = {}
+        self.rewrite = ShiftBiasRewrite({"modules": list(wanted)}, {})
+        self.rewrite.prepare(qmodel.model)
 
-        def of(site: Site) -> RowWeights:
-            return RowWeights(weights.get(found[site.id].weight.id))
+    def rows(self, site: Site, of: dict[str, Linear]) -> RowWeights:
+        """What the rows at an input count."""
+        return RowWeights(self.weights.get(of[site.id].weight.id))
 
-        with watchable(qmodel, sites):
-            watch_parallel(qmodel, sites, lambda s: _Mean(qmodel, found[s.id], of(s), wanted, batches), data, progress)
-            found = {site: linear for site, linear in found.items() if str(linear.module) in wanted}
-            sites = [linear.input for linear in found.values()]
-            rewrite = ShiftBiasRewrite({"modules": list(wanted)}, {})
-            rewrite.prepare(qmodel.model)
-            watch_prefix(qmodel, sites, lambda s: _Shift(qmodel, found[s.id], of(s), wanted, shifts), data, progress)
-        # Each was applied as soon as it was known: those behind were found on top of it.
-        rewrite.tensors = {str(number): shifts[name] for number, name in enumerate(wanted)}
-        if wanted:
-            qmodel.rewrites.append(rewrite)
-        qmodel.log["correct_bias"] = {"corrected": len(wanted), "kept": len(qmodel.sites(WEIGHT)) - len(wanted)}
+    def watcher(self, site: Site) -> _Shift:
+        """Corrects one linear, on the quantized prefix."""
+        return _Shift(self.qmodel, self.linears[site.id], self.rows(site, self.linears), self)
+
+    def correct(self, linear: Linear, mean: Tensor) -> None:
+        """Give a linear's bias what its output lacks now, where its inputs have this mean (in,) float64."""
+        name, weight = str(linear.module), self.qmodel.weight(linear.weight)
+        if linear.input.id not in self.linears or weight is None:
+            return
+        used = self.qmodel.quantizers[linear.weight](weight.data)
+        self.shifts[name] = (self.wanted[name] - used.flatten(1).double() @ mean).float()
+        add_to_bias(self.qmodel.model, name, self.shifts[name])
+
+    def keep(self) -> None:
+        """Note it in the model. Each was applied as soon as it was known: those behind were found on top of it."""
+        self.rewrite.tensors = {str(number): self.shifts[name] for number, name in enumerate(self.wanted)}
+        if self.wanted:
+            self.qmodel.rewrites.append(self.rewrite)
+        kept = len(self.qmodel.sites(WEIGHT)) - len(self.wanted)
+        self.qmodel.log[CorrectBias.name] = {"corrected": len(self.wanted), "kept": kept}
 
 
 class _Inputs:
@@ -97,10 +133,6 @@ class _Inputs:
         rows = self.linear.rows(self.qmodel.model, x)
         self.moments.add(rows, self.weights.of(rows))
 
-    def output(self, weight: Tensor) -> Tensor:
-        """(out,) mean output without bias, float64."""
-        return weight.flatten(1).double() @ self.moments.mean
-
 
 class _Mean(_Inputs):
     """Notes what a linear of the float model puts out on average, if it is called once per forward."""
@@ -117,28 +149,20 @@ class _Mean(_Inputs):
 
     def finish(self) -> None:
         if self.left == 0:
-            self.found[str(self.linear.module)] = self.output(self.weight)
+            self.found[str(self.linear.module)] = self.weight.flatten(1).double() @ self.moments.mean
 
 
 class _Shift(_Inputs):
     """Puts what the quantized linear lacks into its bias."""
 
-    def __init__(
-        self,
-        qmodel: QuantModel,
-        linear: Linear,
-        weights: RowWeights,
-        wanted: dict[str, Tensor],
-        shifts: dict[str, Tensor],
-    ) -> None:
+    def __init__(self, qmodel: QuantModel, linear: Linear, weights: RowWeights, biases: Biases) -> None:
         super().__init__(qmodel, linear, weights)
-        self.wanted, self.shifts = wanted, shifts
+        self.biases = biases
 
-    def observe(self, x: Tensor, images: int) -> None:
-        self.take(as_used(self.qmodel.quantizers[self.linear.input], x))
+    def observe(self, x: Tensor, images: int) -> Tensor:
+        used = as_used(self.qmodel.quantizers[self.linear.input], x)
+        self.take(used)
+        return used
 
     def finish(self) -> None:
-        name = str(self.linear.module)
-        used = self.qmodel.quantizers[self.linear.weight](self.weight)
-        self.shifts[name] = (self.wanted[name] - self.output(used)).float()
-        add_to_bias(self.qmodel.model, name, self.shifts[name])
+        self.biases.correct(self.linear, self.moments.mean)

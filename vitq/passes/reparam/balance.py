@@ -22,6 +22,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from vitq.calibrate.capture import switched_off, watching
 from vitq.calibrate.linears import linears
 from vitq.calibrate.sample import Places
 from vitq.calibrate.search import Search
@@ -56,6 +57,7 @@ class BalanceChannels(Pass):
         rows: how many rows of each input are looked at, evenly spread over the images.
         method: how the input's range is chosen while alphas are tried (calibrate/search.py); that of the fit behind it.
             Weights get their whole range then, which takes a tenth of the time.
+        flow: the rows are those of the quantized model as it is ("prefix"), or of the float model ("parallel").
 
     What takes up a ratio: the LayerNorm before the linear; the value projection, where the linear is behind an
     attention (calibrate/values.py); behind an activation function a division at run time, whose multiplications are
@@ -69,10 +71,12 @@ class BalanceChannels(Pass):
     drops = frozenset({WEIGHT_SCALES, ACT_SCALES})
     cost = "one forward of the calibration images, and a search that takes about as long"
 
-    def __init__(self, rows: int = 256, method: str = "percentile_mse") -> None:
+    def __init__(self, rows: int = 256, method: str = "percentile_mse", flow: str = "prefix") -> None:
         if rows < 1:
             raise CompositionError(f"pass 'balance_channels': rows {rows} must be at least 1")
-        self.rows = rows
+        if flow not in ("prefix", "parallel"):
+            raise CompositionError(f"pass 'balance_channels': unknown flow {flow!r}; use prefix or parallel")
+        self.rows, self.flow = rows, flow
         self.search = Search(method, exact=True)
 
     def check(self, qmodel: QuantModel, data: Batches | None) -> None:
@@ -103,17 +107,15 @@ class BalanceChannels(Pass):
         qmodel.log["balance_channels"] = {"kept": kept, "alphas": alphas, "extra_multiplications": extra}
 
     def _watch(self, qmodel: QuantModel, targets: list[_Target], data: Batches) -> None:
-        """Give the targets rows of their inputs, on the quantized model."""
+        """Give the targets rows of their inputs."""
         places = Places(self.rows, data.count)
-        try:
-            for target in targets:
-                qmodel.quantizers[target.inputs[0]].observer = partial(_look, target.rows, places)
+        sites = [qmodel.graph.sites[target.inputs[0]] for target in targets]
+        with watching(qmodel, sites) if self.flow == "prefix" else switched_off(qmodel, sites):
+            for target, site in zip(targets, sites, strict=True):
+                qmodel.quantizers[site].observer = partial(_look, target.rows, places)
             for batch, images in zip(data, data.sizes, strict=True):
                 if targets and places.at(images):
                     data.forward(qmodel.model, batch)
-        finally:
-            for target in targets:
-                qmodel.quantizers[target.inputs[0]].observer = None
 
 
 def _look(rows: list[Tensor], places: Places, quantizer: object, x: Tensor) -> None:

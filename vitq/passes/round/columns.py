@@ -24,6 +24,7 @@ from vitq.core.qmodel import QuantModel
 from vitq.core.recipe import ACT_SCALES, PASSES, WEIGHT_SCALES, Pass
 from vitq.core.roles import WEIGHT
 from vitq.core.site import Site
+from vitq.passes.compensate.bias import Biases
 from vitq.quantizers.base import Params, Quantizer
 
 COLUMNS = 128  # are corrected one by one; those behind them once per so many
@@ -40,6 +41,8 @@ class RoundColumns(Pass):
         order: take columns in the order of falling diagonal of H ("activation order"), which costs nothing as scales
             are fixed before; False takes them as they stand.
         weighted: tokens count by their gradients (calibrate/importance.py), which takes a backward more.
+        biases: correct each bias (passes/compensate/bias.py) as soon as the codes are chosen: those behind are chosen
+            on top of it, and no forward more on the quantized prefix is needed.
 
     Nearest rounding stays where there are fewer tokens than inputs (a head behind a class token, with few images), and
     for rows that come out worse. Weights that are computed, of convolutions with groups, and inside fused attention
@@ -51,12 +54,14 @@ class RoundColumns(Pass):
     needs = frozenset({WEIGHT_SCALES, ACT_SCALES})
     cost = "one forward of the calibration images (about three with more than 32), and a factorisation per linear"
 
-    def __init__(self, damp: float = 0.3, order: bool = True, weighted: bool = False) -> None:
+    def __init__(self, damp: float = 0.3, order: bool = True, weighted: bool = False, biases: bool = False) -> None:
         if not 0 < damp <= 1:
             raise CompositionError(f"pass 'round_columns': damp {damp} must be in (0, 1]")
         self.damp = damp
         self.order = order
         self.weighted = weighted
+        self.biases = biases
+        self.keeps_float_output = not biases
 
     def check(self, qmodel: QuantModel, data: Batches | None) -> None:
         """Refuse to work without images."""
@@ -73,12 +78,16 @@ class RoundColumns(Pass):
         sites = [linear.input for linear in found]
         weights = row_weights(qmodel, data, found, progress) if self.weighted else {}
 
-        def watcher(site: Site) -> _Rounding:
-            linear = at[site.id]
-            return _Rounding(qmodel, linear, self, gains, RowWeights(weights.get(linear.weight.id)))
-
         with watchable(qmodel, sites):
+            biases = Biases(qmodel, found, weights, data, progress) if self.biases else None
+
+            def watcher(site: Site) -> _Rounding:
+                linear = at[site.id]
+                return _Rounding(qmodel, linear, self, gains, RowWeights(weights.get(linear.weight.id)), biases)
+
             watch_prefix(qmodel, sites, watcher, data, progress)
+            if biases is not None:
+                biases.keep()
         mean = sum(gains) / len(gains) if gains else 1.0
         kept = len(qmodel.sites(WEIGHT)) - len(gains)
         qmodel.log["round_columns"] = {"rounded": len(gains), "kept": kept, "error_of_nearest": round(mean, 4)}
@@ -88,9 +97,16 @@ class _Rounding:
     """Gathers the inputs of a linear, then chooses its codes."""
 
     def __init__(
-        self, qmodel: QuantModel, linear: Linear, settings: RoundColumns, gains: list[float], weights: RowWeights
+        self,
+        qmodel: QuantModel,
+        linear: Linear,
+        settings: RoundColumns,
+        gains: list[float],
+        weights: RowWeights,
+        biases: Biases | None,
     ) -> None:
         self.qmodel, self.linear, self.settings, self.gains, self.weights = qmodel, linear, settings, gains, weights
+        self.biases = biases
         weight, quantizer = qmodel.weight(linear.weight), qmodel.quantizers[linear.weight]
         assert weight is not None
         assert isinstance(quantizer, Quantizer)
@@ -98,17 +114,20 @@ class _Rounding:
         self.quantizer: Quantizer = quantizer
         self.moments: Moments = Moments(weight[0].numel(), weight.device)
 
-    def observe(self, x: Tensor, images: int) -> None:
-        rows = self.linear.rows(self.qmodel.model, as_used(self.qmodel.quantizers[self.linear.input], x))
+    def observe(self, x: Tensor, images: int) -> Tensor:
+        used = as_used(self.qmodel.quantizers[self.linear.input], x)
+        rows = self.linear.rows(self.qmodel.model, used)
         self.moments.add(rows, self.weights.of(rows))
+        return used
 
     def finish(self) -> None:
-        if self.moments.count < self.moments.total.numel():
-            return
-        damp, order = self.settings.damp, self.settings.order
-        values, gain = choose(self.weight.float(), self.moments.matrix, self.quantizer, damp, order=order)
-        self.quantizer.round_to(values.to(self.weight.dtype))
-        self.gains.append(gain)
+        if self.moments.count >= self.moments.total.numel():
+            damp, order = self.settings.damp, self.settings.order
+            values, gain = choose(self.weight.float(), self.moments.matrix, self.quantizer, damp, order=order)
+            self.quantizer.round_to(values.to(self.weight.dtype))
+            self.gains.append(gain)
+        if self.biases is not None:
+            self.biases.correct(self.linear, self.moments.mean)
 
 
 def choose(w: Tensor, h: Tensor, quantizer: Quantizer, damp: float, *, order: bool = True) -> tuple[Tensor, float]:
@@ -156,17 +175,18 @@ def _greedy(w: Tensor, h: Tensor, quantizer: Quantizer, params: Params) -> Tenso
     if bool(failed) or bool(failed_too):
         raise CompositionError(f"the inputs of {quantizer.where} are too much alike to be told apart; raise damp")
     factor = factor.float()
-    w, picked = w.clone(), torch.empty_like(w)
-    for start in range(0, w.shape[1], COLUMNS):
-        stop = min(start + COLUMNS, w.shape[1])
-        errors = torch.empty_like(w[:, start:stop])
+    scaled = (factor / factor.diagonal()[:, None]).contiguous()  # what each column takes off those behind it
+    left, params = w.T.contiguous(), {name: value.T.contiguous() for name, value in params.items()}
+    picked = torch.empty_like(left)
+    for start in range(0, len(left), COLUMNS):
+        stop = min(start + COLUMNS, len(left))
         for j in range(start, stop):
-            some = {name: value[:, j] for name, value in params.items()}
-            picked[:, j] = quantizer.simulate_with(w[:, j], some)
-            errors[:, j - start] = (w[:, j] - picked[:, j]) / factor[j, j]
-            w[:, j:stop] -= errors[:, j - start, None] * factor[None, j, j:stop]
-        w[:, stop:] -= errors @ factor[start:stop, stop:]
-    return picked
+            some = {name: value[j] for name, value in params.items()}
+            picked[j] = quantizer.simulate_with(left[j], some)
+            left[j].sub_(picked[j])  # from here on its error
+            left[j + 1 : stop].addr_(scaled[j, j + 1 : stop], left[j], alpha=-1)
+        left[stop:].addmm_(scaled[start:stop, stop:].T, left[start:stop], alpha=-1)
+    return picked.T
 
 
 def _row_errors(wrong: Tensor, h: Tensor) -> Tensor:
