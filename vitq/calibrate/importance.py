@@ -61,7 +61,6 @@ def row_weights(
 
             def watch(seen: int, images: int, live: Callable[[], bool]) -> None:
                 for site in sites:
-                    qmodel.quantizers[site].observer = _look_away  # which keeps the products in sight
                     qmodel.quantizers[site].product_observer = weighing.look(site, images)
 
             with progress.task("weighing tokens", len(data.sizes)) as task:
@@ -72,7 +71,10 @@ def row_weights(
 
 def _known(qmodel: QuantModel, data: Batches, seed: int) -> dict[str, Tensor | None]:
     """By weight site what was found on these images; None where rows count alike."""
-    found: dict[str, Tensor | None] = qmodel.memo.setdefault((row_weights.__name__, id(data), seed), {})
+    key = (row_weights.__name__, seed)
+    if key not in qmodel.memo or qmodel.memo[key][0] is not data:
+        qmodel.memo[key] = (data, {})
+    found: dict[str, Tensor | None] = qmodel.memo[key][1]
     return found
 
 
@@ -130,6 +132,8 @@ def _image_by_image(qmodel: QuantModel, data: Batches, found: list[Linear]) -> l
             qmodel.quantizers[linear.input].observer = look
         for part in parts:
             data.forward(qmodel.model, part)
+    for linear in found:  # from here on they only keep the products in sight
+        qmodel.quantizers[linear.input].observer = _look_away
     return [site for site, sums in together.items() if len(sums) == 1 and _same(sums[0], torch.cat(apart[site]))]
 
 

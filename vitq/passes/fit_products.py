@@ -142,12 +142,12 @@ class FitProducts(Pass):
         weighed = linears(qmodel) if self.weigh else []
         sites = list({s.id: s for s in chain(*((p.left, p.right) for p in found), (w.input for w in weighed))}.values())
         with watchable(qmodel, sites), switched_off(qmodel, sites):
-            weighing = Weighing(qmodel, data, weighed)
+            weighing = Weighing(qmodel, data, weighed) if weighed else None
 
             def watch(seen: int, images: int, live: Callable[[], bool] | None = None) -> None:
                 looks: dict[str, list[Callable[[Tensor], None]]] = {site.id: [] for site in sites}
                 for site in sites:
-                    if look := weighing.look(site, images):
+                    if weighing and (look := weighing.look(site, images)):
                         looks[site.id].append(look)
                 for product, samples in sampled.items():
                     qmodel.quantizers[product.left].observer = partial(_show, samples.see_left)
@@ -167,7 +167,7 @@ class FitProducts(Pass):
                         task.advance()
                 else:
                     run_backward(qmodel, data, self.objective.probe, self.seed, watch, task)
-        if weighed:
+        if weighing:
             weighing.remember(self.seed)
         return sampled
 
