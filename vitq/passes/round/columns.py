@@ -24,7 +24,7 @@ from vitq.core.qmodel import QuantModel
 from vitq.core.recipe import ACT_SCALES, PASSES, WEIGHT_SCALES, Pass
 from vitq.core.roles import WEIGHT
 from vitq.core.site import Site
-from vitq.passes.compensate.bias import Biases
+from vitq.passes.biases import Biases
 from vitq.quantizers.base import Params, Quantizer
 
 COLUMNS = 128  # are corrected one by one; those behind them once per so many
@@ -41,7 +41,7 @@ class RoundColumns(Pass):
         order: take columns in the order of falling diagonal of H ("activation order"), which costs nothing as scales
             are fixed before; False takes them as they stand.
         weighted: tokens count by their gradients (calibrate/importance.py), which takes a backward more.
-        biases: correct each bias (passes/compensate/bias.py) as soon as the codes are chosen: those behind are chosen
+        biases: correct each bias (passes/biases.py) as soon as the codes are chosen: those behind are chosen
             on top of it, and no forward more on the quantized prefix is needed.
 
     Nearest rounding stays where there are fewer tokens than inputs (a head behind a class token, with few images), and
