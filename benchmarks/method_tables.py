@@ -106,10 +106,42 @@ def cifar10(folder: Path) -> str | None:
     return f"{markdown_table(table, list(table[0]))}\n\nSimulated. {where}, commit {first['commit']}."
 
 
+def ablation(folder: Path) -> str | None:
+    """What the recipe loses without each of its parts, on the same images and calibration draw."""
+    file = folder / "ablation.csv"
+    if not file.exists():
+        return None
+    rows = read_results(file)
+    table = [
+        {
+            "bits": row["bits"],
+            "seed": row["seed"],
+            "variant": row["variant"],
+            "top-1": f"{float(row['top1']):.1f}",
+            "minus as it is": _difference(row, *_named("top1_minus_whole")),
+            "divergence": f"{float(row['logit_kl']):.3f}",
+            "minus that as it is": _difference(row, *_named("kl_minus_whole")),
+            "cost, in float forwards": f"{float(row['forwards']):.0f}",
+        }
+        for row in rows
+    ]
+    first, several = rows[0], {key: ", ".join(sorted({row[key] for row in rows})) for key in ("calibration", "commit")}
+    return (
+        f"{markdown_table(table, list(table[0]))}\n\n{first['weights']}, {first['kind']}, float "
+        f"{float(first['top1_float']):.1f} %; {first['evaluation']}; calibrated on {several['calibration']}; 95 % "
+        f"intervals over images; commit {several['commit']}."
+    )
+
+
+def _named(mean: str) -> tuple[str, str, str]:
+    return mean, f"{mean}_low", f"{mean}_high"
+
+
 PAGES: dict[str, dict[str, Callable[[Path], str | None]]] = {
     "dopq_vit.md": {
         "softmax_formats": softmax_formats,
         "dopq_accuracy": dopq_accuracy,
         "cifar10_probe": cifar10,
-    }
+    },
+    "vitq_calib.md": {"ablation": ablation},
 }
