@@ -65,7 +65,7 @@ def vitq_calib(
     after_gelu = Format.of(gelu, act_bits, shifted=True) if gelu == searched else Format(gelu, act_bits)
     return Recipe(
         name="vitq_calib",
-        paper="our own; parts from RepQ-ViT, AdaLog, PTQ4ViT and GPTQ",
+        paper="our own; parts from RepQ-ViT (arXiv 2212.08254), AdaLog (arXiv 2407.12951) and GPTQ (arXiv 2210.17323)",
         formats=(
             Rule(Format("uniform", act_bits)),
             Rule(per_channel, roles=folded, after_norm=True),
