@@ -24,7 +24,6 @@ from vitq.calibrate.sensitivity import GRADIENT_IMAGES, run_backward
 from vitq.core.batches import Batches, split
 from vitq.core.progress import Progress
 from vitq.core.qmodel import QuantModel
-from vitq.core.site import Site
 
 EVEN = 0.1  # of all weight goes to rows alike
 PROBE = "hessian"
@@ -50,61 +49,29 @@ def row_weights(
     """Weights by the id of each linear's weight site, from the model with its quantizers off.
 
     Linears that are called several times in a forward, that nothing behind depends on, or whose rows do not come image
-    by image (tokens first, as inside some attention modules) are left out: their rows count alike. Passes that follow
-    one another on the same images share what was found.
+    by image (tokens first, as inside some attention modules) are left out: their rows count alike.
     """
-    known = _known(qmodel, data, seed)
-    if new := [linear for linear in found if linear.weight.id not in known]:
-        sites = [linear.input for linear in new]
-        with watchable(qmodel, sites), switched_off(qmodel, sites):
-            weighing = Weighing(qmodel, data, new)
+    sites = [linear.input for linear in found]
+    squares: dict[str, list[Tensor]] = {linear.weight.id: [] for linear in found}
+    with watchable(qmodel, sites), switched_off(qmodel, sites):
+        separate = _image_by_image(qmodel, data, found)
+        for site in sites:  # an observer keeps products in sight
+            qmodel.quantizers[site].observer = _look_away
 
-            def watch(seen: int, images: int, live: Callable[[], bool]) -> None:
-                for site in sites:
-                    qmodel.quantizers[site].product_observer = weighing.look(site, images)
+        def watch(seen: int, images: int, live: Callable[[], bool]) -> None:
+            for linear in found:
+                channel = 1 if linear.input.op != "linear" else -1
+                note = partial(_note, squares[linear.weight.id], images, channel)
+                qmodel.quantizers[linear.input].product_observer = note
 
-            with progress.task("weighing tokens", len(data.sizes)) as task:
-                run_backward(qmodel, data, PROBE, seed, watch, task)
-        weighing.remember(seed)
-    return {name: weights for name, weights in known.items() if weights is not None}
-
-
-def _known(qmodel: QuantModel, data: Batches, seed: int) -> dict[str, Tensor | None]:
-    """By weight site what was found on these images; None where rows count alike."""
-    key = (row_weights.__name__, seed)
-    if key not in qmodel.memo or qmodel.memo[key][0] is not data:
-        qmodel.memo[key] = (data, {})
-    found: dict[str, Tensor | None] = qmodel.memo[key][1]
-    return found
-
-
-class Weighing:
-    """Gathers the gradients of linears' outputs while somebody runs forwards and backwards of PROBE.
-
-    Quantizers must be off, and inputs of the linears watchable, from here to the last backward.
-    """
-
-    def __init__(self, qmodel: QuantModel, data: Batches, found: list[Linear]) -> None:
-        self.qmodel, self.data = qmodel, data
-        self.linears = {linear.input.id: linear for linear in found}
-        self.squares: dict[str, list[Tensor]] = {linear.weight.id: [] for linear in found}
-        self.separate = _image_by_image(qmodel, data, found)
-
-    def look(self, site: Site, images: int) -> Callable[[Tensor], None] | None:
-        """What is to see the products that this site is the left operand of, in a forward of so many images."""
-        linear = self.linears.get(site.id)
-        if linear is None:
-            return None
-        return partial(_note, self.squares[linear.weight.id], images, 1 if linear.input.op != "linear" else -1)
-
-    def remember(self, seed: int) -> None:
-        """Leave the weights to `row_weights` with this seed."""
-        weights: dict[str, Tensor | None] = dict.fromkeys(self.squares)
-        for site in self.separate:
-            every = torch.cat(self.squares[site])
-            if float(every.sum()) > 0:
-                weights[site] = EVEN + (1 - EVEN) * every / every.mean()
-        _known(self.qmodel, self.data, seed).update(weights)
+        with progress.task("weighing tokens", len(data.sizes)) as task:
+            run_backward(qmodel, data, PROBE, seed, watch, task)
+    weights = {}
+    for site in separate:
+        every = torch.cat(squares[site])
+        if float(every.sum()) > 0:
+            weights[site] = EVEN + (1 - EVEN) * every / every.mean()
+    return weights
 
 
 def _note(squares: list[Tensor], images: int, channel: int, made: Tensor) -> None:
@@ -132,8 +99,6 @@ def _image_by_image(qmodel: QuantModel, data: Batches, found: list[Linear]) -> l
             qmodel.quantizers[linear.input].observer = look
         for part in parts:
             data.forward(qmodel.model, part)
-    for linear in found:  # from here on they only keep the products in sight
-        qmodel.quantizers[linear.input].observer = _look_away
     return [site for site, sums in together.items() if len(sums) == 1 and _same(sums[0], torch.cat(apart[site]))]
 
 

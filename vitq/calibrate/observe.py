@@ -151,7 +151,7 @@ class Sketch:
             top = x.topk(size, dim=1).values
             bottom = x[:, :0] if self.one_sided else x.topk(size, dim=1, largest=False).values
             return body, top, bottom
-        sample = body[0, :: max(1, body.shape[1] // GUESS)].sort().values
+        sample = body[0, :: _prime_from(max(2, body.shape[1] // GUESS))].sort().values
         top = _largest(x[0], sample, size)[None]
         return body, top, x[:, :0] if self.one_sided else -_largest(-x[0], -sample.flip(0), size)[None]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, cast
 
 import torch
@@ -106,7 +106,6 @@ class QuantModel(nn.Module):
         self.plan = plan
         self.rewrites: list[Rewrite] = []
         self.pending: list[Callable[[QuantModel], None]] = []
-        self.memo: dict[Hashable, Any] = {}
         self.log: dict[str, Any] = {}
         self.source: dict[str, Any] | None = None
         self.preprocess: dict[str, Any] | None = None
@@ -180,7 +179,6 @@ class QuantModel(nn.Module):
             quantizer.freeze()
         while self.pending:
             self.pending.pop(0)(self)
-        self.memo.clear()
         for site in self.sites(WEIGHT) if bake else []:
             quantizer, weight = self.quantizers[site], self.weight(site)
             if weight is not None and not quantizer.baked:

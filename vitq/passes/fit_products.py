@@ -13,16 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from itertools import chain
 from typing import final
 
 import torch
 from torch import Tensor
 
 from vitq.calibrate.capture import switched_off
-from vitq.calibrate.importance import PROBE, Weighing
 from vitq.calibrate.judge import PART, Judge
-from vitq.calibrate.linears import linears, watchable
+from vitq.calibrate.linears import watchable
 from vitq.calibrate.objective import OBJECTIVES
 from vitq.calibrate.products import Product, Samples, products
 from vitq.calibrate.progressive import finalists
@@ -56,8 +54,6 @@ class FitProducts(Pass):
         mixed: only operands whose scale groups mix in the product: channel scales of inputs, before they are folded.
         rows: sample of rows of a linear; entries, per_entry: images or windows of a product of activations, and rows
             of each. 0 takes all.
-        weigh: note on the way how much tokens count, where the objective has gradients that tell; passes behind that
-            want it (`weighted`) need no backward of their own then.
 
     Einsums, products of one weight with several inputs, and dynamic formats are left as they are.
     """
@@ -84,7 +80,6 @@ class FitProducts(Pass):
         rows: int = 256,
         entries: int = 16,
         per_entry: int = 32,
-        weigh: bool = False,
         seed: int = 0,
     ) -> None:
         if objective not in OBJECTIVES:
@@ -101,7 +96,6 @@ class FitProducts(Pass):
         self.steps, self.weights, self.rounds, self.seed = steps, weights, rounds, seed
         self.search, self.alone, self.mixed = search, alone, mixed
         self.rows, self.entries, self.per_entry = rows, entries, per_entry
-        self.weigh = weigh and self.objective.probe == PROBE
 
     def check(self, qmodel: QuantModel, data: Batches | None) -> None:
         """Refuse to work without images."""
@@ -139,16 +133,11 @@ class FitProducts(Pass):
         for product in found:
             limits = (self.rows or everything, self.entries or everything, self.per_entry or everything)
             sampled[product] = Samples(product, _quantizers(qmodel, product), *limits, data.count)
-        weighed = linears(qmodel) if self.weigh else []
-        sites = list({s.id: s for s in chain(*((p.left, p.right) for p in found), (w.input for w in weighed))}.values())
+        sites = list({site.id: site for product in found for site in (product.left, product.right)}.values())
         with watchable(qmodel, sites), switched_off(qmodel, sites):
-            weighing = Weighing(qmodel, data, weighed) if weighed else None
 
             def watch(seen: int, images: int, live: Callable[[], bool] | None = None) -> None:
                 looks: dict[str, list[Callable[[Tensor], None]]] = {site.id: [] for site in sites}
-                for site in sites:
-                    if weighing and (look := weighing.look(site, images)):
-                        looks[site.id].append(look)
                 for product, samples in sampled.items():
                     qmodel.quantizers[product.left].observer = partial(_show, samples.see_left)
                     if product.right.param is None:
@@ -167,8 +156,6 @@ class FitProducts(Pass):
                         task.advance()
                 else:
                     run_backward(qmodel, data, self.objective.probe, self.seed, watch, task)
-        if weighing:
-            weighing.remember(self.seed)
         return sampled
 
     def _fit(self, judge: Judge, samples: Samples) -> float:
@@ -226,7 +213,7 @@ class FitProducts(Pass):
         best = judge.best(side, some, alone=alone)
         chosen = {name: value.gather(0, best) for name, value in some.items()}
         every = quantizer.variants(chosen)
-        at = torch.stack([value == chosen[name] for name, value in every.items()]).all(0).int().argmax(0)
+        at = _nearest(every, chosen)
         around = torch.arange(-(each // SCANNED), each // SCANNED + 1, device=bottom.device)[:, None]
         near = (at + around).clamp(0, each - 1)
         return _different({name: value.gather(0, near) for name, value in every.items()})
@@ -247,6 +234,15 @@ def _different(params: Params) -> Params:
     at = torch.arange(len(rows), device=rows.device)
     kept = at.new_full((int(number.max()) + 1,), len(rows)).scatter_reduce_(0, number, at, "amin").sort().values
     return {name: value[kept] for name, value in params.items()}
+
+
+def _nearest(params: Params, one: Params) -> Tensor:
+    """(1, G) which candidate is closest to another, each field in parts of its largest value."""
+    away = [
+        (value - one[name]).abs() / value.abs().amax(0).clamp(min=torch.finfo(value.dtype).tiny)
+        for name, value in params.items()
+    ]
+    return torch.stack(away).sum(0).argmin(0, keepdim=True)
 
 
 def _range(judge: Judge, side: str, quantizer: Quantizer, samples: Samples) -> tuple[Tensor, Tensor]:

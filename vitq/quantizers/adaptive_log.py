@@ -151,9 +151,10 @@ class AdaptiveLogQuantizer(Quantizer):
             return self._in_pieces(x, params, bounds, levels)
         if q.ndim == x.ndim and q.numel() == len(x):  # candidates: a few at a time
             made = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-            for few in torch.arange(len(x)).split(max(1, CHUNK * len(x) // x.numel())):
-                at = slice(int(few[0]), int(few[-1]) + 1)
-                simulate = self._simulated if len(few) > 1 else self._in_pieces
+            few = max(1, CHUNK * len(x) // max(1, x.numel()))
+            simulate = self._simulated if few > 1 else self._in_pieces
+            for start in range(0, len(x), few):
+                at = slice(start, start + few)
                 made[at] = simulate(x[at], {n: p[at] for n, p in params.items()}, bounds[at], levels[at])
             return made
         return self._simulated(x, params, bounds, levels)

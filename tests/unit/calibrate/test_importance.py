@@ -143,26 +143,3 @@ def test_weighted_biases_lower_the_mean_error_of_the_tokens_that_matter() -> Non
     made = [with_pass(model, images, "correct_bias", weighted).model for weighted in (False, True)]
     plain, weighted = (float((class_tokens(each) - class_tokens(model)).norm()) for each in made)
     assert weighted < 0.5 * plain
-
-
-def test_a_search_by_gradients_leaves_the_weights_to_those_behind_it() -> None:
-    images = seeded_images(6)
-    batches = Batches.of(images)
-    qmodel = vitq.quantize(build_zoo("seeded_vit"), "minmax", "w8a8", images, freeze=False)
-    search = PassSpec.of("fit_products", objective="hessian", weigh=True, rounds=1, steps=2).build()
-    search.run(qmodel, batches, Silent())
-    assert len(qmodel.memo) == 1
-    noted = row_weights(qmodel, batches, linears(qmodel), Silent())
-    qmodel.memo.clear()
-    alone = row_weights(qmodel, batches, linears(qmodel), Silent())
-    assert set(noted) == set(alone) == {linear.weight.id for linear in linears(qmodel)}
-    for site, weights in alone.items():
-        torch.testing.assert_close(noted[site], weights, rtol=1e-4, atol=1e-5)
-    assert not qmodel.freeze().memo
-
-
-def test_an_objective_without_gradients_of_the_output_leaves_nothing() -> None:
-    images = seeded_images(4)
-    qmodel = vitq.quantize(build_zoo("seeded_vit"), "minmax", "w8a8", images, freeze=False)
-    PassSpec.of("fit_products", objective="mse", weigh=True, steps=2).build().run(qmodel, Batches.of(images), Silent())
-    assert not qmodel.memo

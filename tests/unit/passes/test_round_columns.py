@@ -144,8 +144,7 @@ def test_a_damp_that_cannot_be_is_refused() -> None:
         RoundColumns(damp=0.0)
 
 
-def test_biases_on_the_way_are_those_of_a_correction_behind_it() -> None:
-    """The last linear's input is the same in both: what differs before it is only when biases were corrected."""
+def test_biases_on_the_way_mend_the_mean_output_as_a_correction_behind_it_does() -> None:
     model, images = build_zoo("seeded_vit"), seeded_images(8)
     base = resolve_recipe("repq_vit", Bits(3, 4))
     together = (PassSpec.of("round_columns", biases=True),)
