@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,9 +14,6 @@ from vitq.calibrate.linears import linears
 from vitq.calibrate.progressive import finalists
 from vitq.core import roles
 from vitq.core.format import Format
-from vitq.core.qmodel import QuantModel
-from vitq.core.recipe import PassSpec, Recipe, Rule
-from vitq.core.site import Site
 from vitq.data.source import LoadedModel, load_model
 from vitq.quantizers.base import Params
 from vitq.quantizers.layout import Layout
@@ -36,40 +33,18 @@ def loaded(shared: Path) -> LoadedModel:
     return found
 
 
-def product_errors(loaded: LoadedModel, fmt: Format, role: str, photos: tuple[Tensor, Tensor]) -> dict[str, float]:
-    """Error of the products that a role is the left operand of, in parts of the products; all else is float."""
-    fit = PassSpec.of("fit_products", search="progressive", rows=64, entries=8)
-    recipe = Recipe("one", "none", (Rule(None), Rule(fmt, (role,))), (PassSpec.of("fit"), fit))
-    qmodel = vitq.quantize(loaded.model, recipe, f"w16a{fmt.bits}", photos[0], freeze=False)
-    sites = qmodel.sites()
-    expected, got = made(qmodel, photos[1], sites, []), {}
-    for site in sites:  # only its own operand is quantized: the others come from the float model
-        got |= made(qmodel, photos[1], [site], [site])
-    return {name: float((got[name] - x).square().sum() / x.square().sum()) for name, x in expected.items()}
-
-
-def made(qmodel: QuantModel, images: Tensor, sites: Sequence[Site], on: Sequence[Site]) -> dict[str, Tensor]:
-    """The products of these sites, while only some are quantized."""
-    found: dict[str, Tensor] = {}
-    qmodel.set_state("off")
-    qmodel.set_state("on", on)
-    for site in sites:
-        quantizer = qmodel.quantizers[site]
-        quantizer.observer = lambda q, x: None  # so that a product of float operands is shown, too
-        quantizer.product_observer = lambda x, name=site.id: found.__setitem__(name, x.double())
-    with torch.no_grad():
-        qmodel(images)
-    for site in sites:
-        qmodel.quantizers[site].observer = qmodel.quantizers[site].product_observer = None
-    return found
-
-
 @pytest.mark.parametrize("bits", [3, 4])
 @pytest.mark.parametrize(
     ("role", "option", "share"), [(roles.SOFTMAX_OUT, "unit", 0.95), (roles.FC2_IN, "shifted", 0.98)]
 )
 def test_a_base_that_is_searched_lowers_the_error(
-    loaded: LoadedModel, photos: tuple[Tensor, Tensor], bits: int, role: str, option: str, share: float
+    loaded: LoadedModel,
+    photos: tuple[Tensor, Tensor],
+    product_errors: Callable[..., dict[str, float]],
+    bits: int,
+    role: str,
+    option: str,
+    share: float,
 ) -> None:
     adaptive = product_errors(loaded, Format.of("adaptive_log", bits, **{option: True}), role, photos)
     assert len(adaptive) == BLOCKS

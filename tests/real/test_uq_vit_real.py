@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
 import vitq
-from vitq.calibrate.linears import linears
 from vitq.core import roles
 from vitq.core.qmodel import QuantModel
 from vitq.data.source import LoadedModel
@@ -66,36 +64,13 @@ def test_kept_apart_maxima_lower_the_error_of_every_attention(
     assert sum(ratios) / len(ratios) < 0.4
 
 
-def outputs(qmodel: QuantModel, images: Tensor) -> dict[str, dict[str, float]]:
-    """Role -> site -> squared error of the output of the linear behind it, on what the float model gives it.
-
-    Balanced or not, the output is the same function, so errors compare as they are.
-    """
-    found: dict[str, dict[str, float]] = {}
-
-    def look(site: Any, weight: Tensor, weight_quantizer: Any, quantizer: Any, x: Tensor) -> None:
-        wrong = quantizer.quantized(x) @ weight_quantizer.quantized(weight).T - x @ weight.T
-        found.setdefault(site.role, {})[site.id] = float(wrong.square().sum())
-
-    every = [linear for linear in linears(qmodel) if linear.input.op == "linear"]
-    states = {site: quantizer.state for site, quantizer in qmodel.quantizers.items()}
-    for linear in every:
-        weight = qmodel.weight(linear.weight)
-        assert weight is not None
-        fixed = (linear.input, weight.data, qmodel.quantizers[linear.weight])
-        qmodel.quantizers[linear.input].observer = partial(look, *fixed)
-    qmodel.set_state("off")
-    with torch.no_grad():
-        qmodel(images)
-    for site, state in states.items():
-        qmodel.quantizers[site].observer, qmodel.quantizers[site].state = None, state
-    return found
-
-
 def test_balanced_channels_lower_the_error_of_the_linears_outputs(
-    whole: QuantModel, plain: QuantModel, photos: tuple[Tensor, Tensor]
+    whole: QuantModel,
+    plain: QuantModel,
+    photos: tuple[Tensor, Tensor],
+    output_errors: Callable[[QuantModel, Tensor], dict[str, dict[str, float]]],
 ) -> None:
-    ours, theirs = (outputs(qmodel, photos[1]) for qmodel in (whole, plain))
+    ours, theirs = (output_errors(qmodel, photos[1]) for qmodel in (whole, plain))
     # Behind GELU, large values come in few rows of few channels: what balances those of some photos helps others less.
     limits = {roles.QKV_IN: 0.9, roles.FC1_IN: 0.9, roles.PROJ_IN: 0.9, roles.FC2_IN: 0.97}
     for role, limit in limits.items():

@@ -67,10 +67,10 @@ def row_weights(
         with progress.task("weighing tokens", len(data.sizes)) as task:
             run_backward(qmodel, data, PROBE, seed, watch, task)
     weights = {}
-    for site in separate:
-        every = torch.cat(squares[site])
+    for name in separate:
+        every = torch.cat(squares[name])
         if float(every.sum()) > 0:
-            weights[site] = EVEN + (1 - EVEN) * every / every.mean()
+            weights[name] = EVEN + (1 - EVEN) * every / every.mean()
     return weights
 
 

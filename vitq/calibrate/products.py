@@ -23,8 +23,7 @@ from vitq.core.site import Call, Site
 from vitq.graph.attention import shared
 from vitq.quantizers.base import Quantizer
 
-EVEN = 0.5  # share of the sample that is spread evenly, whatever the gradients are
-FLOOR = 1e-6  # the least weight of an error, in parts of the mean weight
+EVEN = 0.5  # share of all weight that errors have alike, whatever the gradients are: these are those of one draw
 
 _OPERANDS = {
     "linear": (("linear", "input", "weight"),),
@@ -137,7 +136,8 @@ class Chunk:
 
     Attributes:
         left, right, made: tensors as in the head of this file; right None for a parameter.
-        weight: squared gradients of `made`, each divided by how likely its row was to be taken; None without.
+        weight: of errors in `made`, by its squared gradients, and divided by how likely their rows were to be taken;
+            None where all count alike.
         by_entry: each entry of the left operand has a right one of its own, unless there is but one.
     """
 
@@ -189,11 +189,9 @@ class Samples:
             right = torch.Size() if chunk.right is None else chunk.right.shape[1:]
             by_shape.setdefault((chunk.left.shape[1:], chunk.made.shape[1:], right), []).append(chunk)
         self.chunks = [_joined(chunks) for chunks in by_shape.values()]
-        weights = [chunk.weight for chunk in self.chunks if chunk.weight is not None]
-        mean = sum(float(w.sum(dtype=torch.float64)) for w in weights) / max(sum(w.numel() for w in weights), 1)
-        for chunk in self.chunks:
-            # What nothing behind it depends on has only zero weights: there all errors count alike.
-            chunk.weight = chunk.weight + FLOOR * mean if chunk.weight is not None and mean > 0 else None
+        if not any(chunk.weight is not None and bool(chunk.weight.any()) for chunk in self.chunks):
+            for chunk in self.chunks:  # nothing behind it depends on it
+                chunk.weight = None
 
     def see_left(self, x: Tensor) -> None:
         """The left operand, which comes first or second."""
@@ -238,6 +236,7 @@ class Samples:
     def _take(self, left: Tensor, right: Tensor | None, made: Tensor, g: Tensor | None, seen: int, images: int) -> None:
         left, made = left.float(), made.float()
         square = None if g is None else g.float().square()
+        square = None if square is None else EVEN * square.mean() + (1 - EVEN) * square
         if self._is_flat():
             left, made = left.reshape(-1, left.shape[-1]), made.reshape(-1, made.shape[-1])
             square = None if square is None else square.reshape(-1, made.shape[-1])
@@ -317,8 +316,8 @@ def _joined(chunks: list[Chunk]) -> Chunk:
 def _chosen(square: Tensor | None, there: int, wanted: int) -> tuple[Tensor, Tensor | None]:
     """Positions of a sample along the first dimension, and what of `square` (there, ...) it has, reweighted.
 
-    Half of the sample is spread evenly, half goes where the squared gradients are: behind the last block of a
-    classifier only one token in two hundred matters. Dividing by the likelihood keeps sums unbiased.
+    The sample goes where the weight is: behind the last block of a classifier only one token in two hundred matters.
+    Dividing by the likelihood keeps sums unbiased.
     """
     device = None if square is None else square.device
     places = (torch.arange(wanted, device=device, dtype=torch.float64) + 0.5) / max(wanted, 1)
@@ -326,7 +325,7 @@ def _chosen(square: Tensor | None, there: int, wanted: int) -> tuple[Tensor, Ten
     if wanted == 0 or square is None or total is None or wanted >= there or not float(total.sum()) > 0:
         at = torch.arange(there, device=device) if wanted >= there else (places * there).long()
         return at, None if square is None else square[at] * (there / max(len(at), 1))
-    share = EVEN / there + (1 - EVEN) * total / total.sum()
+    share = total / total.sum()
     at = torch.searchsorted(share.cumsum(0), places).clamp(max=there - 1)
     scale = (1 / (share[at] * wanted)).to(square.dtype)
     return at, square[at] * scale.reshape(-1, *[1] * (square.ndim - 1))

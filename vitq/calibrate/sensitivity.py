@@ -8,7 +8,8 @@ Formula: metric at the logits F = diag(p) - p p^T, the Hessian of KL(p || softma
                        the metric g_B**2 at the end of the block, seen from a product inside of it
          perturbation  as blockwise with sqrt(h) for |g_B|, h the mean of |J(O + d) - J(O - d)| / 2 d over images, d the
                        same for all elements of the block's output O
-         Hooks on results show g to whoever asked for it (calibrate/products.py).
+         Hooks on results show g to whoever asked for it; as it is one draw, only half of all weight follows it
+         (calibrate/products.py).
 Source:  hessian       PTQ4ViT, arXiv 2111.12293, section 3.2, whose code takes the gradient of KL(p || p), float noise
          fisher        BRECQ, arXiv 2102.05426, equation 10
          blockwise     APQ-ViT, arXiv 2303.14341: **a reconstruction**, its equations are not public

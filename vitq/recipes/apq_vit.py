@@ -15,7 +15,7 @@ for all that are scored together), that candidates are judged on a sample of row
 grids. Those of linears, queries, keys and values go down to 0.1 of the range (there 0.7 and 0.9: with those almost
 nothing is left at 4 bits once their inputs are quantized), and that of probabilities to 0.02 (there 0.9, as if nothing
 of the large end was to be clipped: with that DeiT-Tiny gets 6 % at w4a4, 59 % without, on 150 photos of split `ablate`;
-the paper has 48 %).
+the paper has 48 %). Half of all weight goes to errors alike, instead of all by gradients (docs/decisions/products.md).
 """
 
 from __future__ import annotations

@@ -5,10 +5,11 @@ Source: Yuan et al., ECCV 2022, arXiv 2111.12293; official code hahnyuan/PTQ4ViT
 Symmetric uniform formats elsewhere; 100 factors of the largest magnitude, 0.01 to 1.2, three rounds, as in the code.
 
 Differs from the official code in that gradients are those of a defined probe (the code takes the gradient of the
-divergence of the model from itself, which is float noise), that candidates are judged on a sample of rows
-(passes/fit_products.py), that weights have a scale per output channel (`weights="tensor"` for one per linear; the code
-has three for query, key and value), that the split of a softmax format is not added to the values above it
-(quantizers/twin_uniform.py), and that the input of the patch embedding has 8 bits (there float).
+divergence of the model from itself, which is float noise), that half of all weight goes to errors alike instead of by
+gradients (docs/decisions/products.md), that candidates are judged on a sample of rows (passes/fit_products.py), that
+weights have a scale per output channel (`weights="tensor"` for one per linear; the code has three for query, key and
+value), that the split of a softmax format is not added to the values above it (quantizers/twin_uniform.py), and that
+the input of the patch embedding has 8 bits (there float).
 """
 
 from __future__ import annotations
