@@ -166,7 +166,7 @@ def compare_formats(official: Official, seen: Made, bits: int) -> Iterator[dict[
     for name, shifted in (("rows", False), ("fc2", True)):
         x = seen[name][0]
         for q in BASES:
-            theirs = getattr(official.formats, "ShiftAdaptiveLogQuantizer" if shifted else "AdaptiveLogQuantizer")(
+            theirs = getattr(official.formats, "ShiftAdaLogQuantizer" if shifted else "AdaLogQuantizer")(
                 n_bits=bits
             )
             scale = (x.max() + SHIFT if shifted else torch.ones(())).reshape(1)
