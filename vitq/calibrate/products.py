@@ -212,6 +212,7 @@ class Samples:
         """
         left, right, result = self._left, self._right, made.detach()
         assert left is not None
+        self._left = self._right = None  # whole operands of every product are many times what a forward takes
         versions = _versions(left, right)
 
         def take(g: Tensor) -> None:

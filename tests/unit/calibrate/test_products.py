@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -183,6 +186,20 @@ def test_a_sample_of_everything_is_everything() -> None:
     assert torch.equal(chunk.left, a)
     assert torch.equal(chunk.right, b)
     assert chunk.by_entry
+
+
+def test_whole_operands_are_let_go_when_their_product_was_seen() -> None:
+    """Found by measuring: those of every product stayed until the end of the pass."""
+    rows = samples("rows", entries=1, per_entry=2, images=8)
+    memory = [np.ones(shape, dtype=np.float32) for shape in ((8, 2, 9, 5), (8, 2, 5, 6))]
+    alive = [weakref.ref(each) for each in memory]
+    a, v = map(torch.from_numpy, memory)
+    rows.see_left(a)
+    rows.see_right(v)
+    rows.see_made(a @ v, 0, 8)
+    assert rows.chunks
+    del a, v, memory
+    assert [ref() for ref in alive] == [None, None]
 
 
 @pytest.mark.parametrize("cut", [(8,), (4, 4), (1, 2, 5), (3, 3, 2)])
