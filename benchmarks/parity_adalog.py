@@ -166,9 +166,7 @@ def compare_formats(official: Official, seen: Made, bits: int) -> Iterator[dict[
     for name, shifted in (("rows", False), ("fc2", True)):
         x = seen[name][0]
         for q in BASES:
-            theirs = getattr(official.formats, "ShiftAdaLogQuantizer" if shifted else "AdaLogQuantizer")(
-                n_bits=bits
-            )
+            theirs = getattr(official.formats, "ShiftAdaLogQuantizer" if shifted else "AdaLogQuantizer")(n_bits=bits)
             scale = (x.max() + SHIFT if shifted else torch.ones(())).reshape(1)
             theirs.scale, theirs.inited = nn.Parameter(scale), True
             theirs.q.data.fill_(q)
