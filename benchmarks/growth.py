@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from _common import MODEL, Shared, Steps, fresh, parser, provenance, resident, results_folder, text
 
+import vitq
 from vitq.calibrate.heap import give_back
 from vitq.core.batches import MICRO_BATCH
 from vitq.data.images import open_images
@@ -37,8 +38,6 @@ BITS = "w4a4"
 def measure(shared: Shared, model: str, recipe: str, count: int) -> dict[str, Any]:
     """One run, in this process."""
     import timm
-
-    import vitq
 
     loaded = shared.model()
     splits = [open_images(shared.sample / split, labels="none") for split in ("calib", "ablate")]

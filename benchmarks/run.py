@@ -15,7 +15,15 @@ from pathlib import Path
 
 from _common import ROOT, Shared, clock, parser, results_folder
 
-ON_PHOTOS = ("accuracy.py", "softmax_formats.py", "rounding.py", "cifar10_probe.py")
+ON_PHOTOS = (
+    "accuracy.py",
+    "softmax_formats.py",
+    "rounding.py",
+    "cifar10_probe.py",
+    "ablation.py",
+    "objectives.py",
+    "growth.py",
+)
 
 
 def plan(args: argparse.Namespace, out: Path) -> dict[str, list[str]]:

@@ -1,4 +1,7 @@
-"""The real model and photos that tests of parts share. A module says how many photos: CALIBRATION and OTHERS."""
+"""The real model and photos that tests of parts share.
+
+A module says how many photos, CALIBRATION and OTHERS, and with BLOCKS of how many blocks the model is.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import vitq
+from vitq.calibrate.capture import switched_off
 from vitq.calibrate.linears import linears
 from vitq.core.format import Format
 from vitq.core.qmodel import QuantModel
@@ -24,9 +28,12 @@ MODEL = "deit_tiny_patch16_224"
 
 
 @pytest.fixture(scope="module")
-def loaded(shared: Path) -> LoadedModel:
-    """DeiT-Tiny, one for each module."""
-    return load_model(MODEL, shared / "models" / f"{MODEL}.safetensors")
+def loaded(shared: Path, request: pytest.FixtureRequest) -> LoadedModel:
+    """DeiT-Tiny, one for each module; its first BLOCKS blocks where the module has that number."""
+    found = load_model(MODEL, shared / "models" / f"{MODEL}.safetensors")
+    blocks: Any = found.model.blocks
+    found.model.blocks = nn.Sequential(*list(blocks)[: getattr(request.module, "BLOCKS", None)])
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -80,16 +87,13 @@ def _product_errors(
 
 def _made(qmodel: QuantModel, images: Tensor, sites: Sequence[Site], on: Sequence[Site]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
-    qmodel.set_state("off")
-    qmodel.set_state("on", list(on))
-    for site in sites:
-        quantizer = qmodel.quantizers[site]
-        quantizer.observer = lambda q, x: None  # so that a product of float operands is shown, too
-        quantizer.product_observer = lambda x, name=site.id: found.__setitem__(name, x.double())
-    with torch.no_grad():
+    with torch.no_grad(), switched_off(qmodel, list(sites)):
+        qmodel.set_state("on", list(on))
+        for site in sites:
+            quantizer = qmodel.quantizers[site]
+            quantizer.observer = lambda q, x: None  # so that a product of float operands is shown, too
+            quantizer.product_observer = lambda x, name=site.id: found.__setitem__(name, x.double())
         qmodel(images)
-    for site in sites:
-        qmodel.quantizers[site].observer = qmodel.quantizers[site].product_observer = None
     return found
 
 
@@ -101,15 +105,11 @@ def _output_errors(qmodel: QuantModel, images: Tensor) -> dict[str, dict[str, fl
         found.setdefault(site.role, {})[site.id] = float(wrong.square().sum())
 
     every = [linear for linear in linears(qmodel) if linear.input.op == "linear"]
-    states = {site: quantizer.state for site, quantizer in qmodel.quantizers.items()}
-    for linear in every:
-        weight = qmodel.weight(linear.weight)
-        assert weight is not None
-        fixed = (linear.input, weight.data, qmodel.quantizers[linear.weight])
-        qmodel.quantizers[linear.input].observer = partial(look, *fixed)
-    qmodel.set_state("off")
-    with torch.no_grad():
+    with torch.no_grad(), switched_off(qmodel, [linear.input for linear in every]):
+        for linear in every:
+            weight = qmodel.weight(linear.weight)
+            assert weight is not None
+            fixed = (linear.input, weight.data, qmodel.quantizers[linear.weight])
+            qmodel.quantizers[linear.input].observer = partial(look, *fixed)
         qmodel(images)
-    for site, state in states.items():
-        qmodel.quantizers[site].observer, qmodel.quantizers[site].state = None, state
     return found

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import vitq
 from vitq.calibrate.linears import linears
 from vitq.calibrate.progressive import finalists
 from vitq.core import roles
 from vitq.core.format import Format
-from vitq.data.source import LoadedModel, load_model
+from vitq.data.source import LoadedModel
 from vitq.quantizers.base import Params
 from vitq.quantizers.layout import Layout
 from vitq.quantizers.uniform import UniformQuantizer
@@ -23,14 +22,6 @@ pytestmark = pytest.mark.real
 CALIBRATION, OTHERS = 8, 4
 BLOCKS = 4
 ROWS = 8  # of a weight's output channels, one in so many: each has scales of its own
-
-
-@pytest.fixture(scope="module")
-def loaded(shared: Path) -> LoadedModel:
-    """Its first blocks."""
-    found = load_model("deit_tiny_patch16_224", shared / "models" / "deit_tiny_patch16_224.safetensors")
-    found.model.blocks = nn.Sequential(*list(found.model.blocks)[:BLOCKS])  # type: ignore[arg-type]
-    return found
 
 
 @pytest.mark.parametrize("bits", [3, 4])

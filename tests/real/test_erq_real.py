@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import vitq
+from vitq.calibrate.capture import switched_off
 from vitq.calibrate.linears import linears
 from vitq.core.qmodel import QuantModel
 from vitq.data.source import LoadedModel
@@ -21,7 +22,6 @@ STEPS = ("aqer", "compensate", "refine")  # in the order in which each is switch
 @pytest.fixture(scope="module")
 def errors(loaded: LoadedModel, photos: tuple[Tensor, Tensor]) -> dict[str, dict[str, float]]:
     """Parts that are on -> linear -> squared error of its output, given the inputs that the float model gives it."""
-    loaded.model.blocks = nn.Sequential(*list(loaded.model.blocks)[:BLOCKS])  # type: ignore[arg-type]
     variants, on = {}, dict(OFF)
     for step in ("", *STEPS):
         on |= {step: True} if step else {}
@@ -30,7 +30,6 @@ def errors(loaded: LoadedModel, photos: tuple[Tensor, Tensor]) -> dict[str, dict
     there = float_linears(variants[""], photos[1])
     found: dict[str, dict[str, float]] = {}
     for step, qmodel in variants.items():
-        qmodel.set_state("on")
         for linear in linears(qmodel):
             if linear.module is None or not linear.module.startswith("blocks"):
                 continue
@@ -48,13 +47,13 @@ def errors(loaded: LoadedModel, photos: tuple[Tensor, Tensor]) -> dict[str, dict
 def float_linears(qmodel: QuantModel, images: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     """Linear -> input and output, everything in float."""
     found: dict[str, tuple[Tensor, Tensor]] = {}
-    qmodel.set_state("off")
     handles = [
         module.register_forward_hook(lambda m, args, out, name=name: found.__setitem__(name, (args[0], out)))
         for name, module in qmodel.model.named_modules()
         if isinstance(module, nn.Linear)
     ]
-    qmodel(images)
+    with switched_off(qmodel, []):
+        qmodel(images)
     for handle in handles:
         handle.remove()
     return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,25 +10,18 @@ import torch
 from torch import Tensor, nn
 
 import vitq
+from vitq.calibrate.capture import switched_off
 from vitq.core import roles
 from vitq.core.format import Format
 from vitq.core.qmodel import QuantModel
 from vitq.core.site import Site
-from vitq.data.source import LoadedModel, load_model
+from vitq.data.source import LoadedModel
 
 pytestmark = pytest.mark.real
 CALIBRATION, OTHERS = 8, 6
 BLOCKS = 5
 DRAWS = 8
 LARGE = 0.3  # probabilities from here on decide what a row of attention is about
-
-
-@pytest.fixture(scope="module")
-def loaded(shared: Path) -> LoadedModel:
-    """Its first blocks."""
-    found = load_model("deit_tiny_patch16_224", shared / "models" / "deit_tiny_patch16_224.safetensors")
-    found.model.blocks = nn.Sequential(*list(found.model.blocks)[:BLOCKS])  # type: ignore[arg-type]
-    return found
 
 
 def searched(loaded: LoadedModel, recipe: str, images: Tensor, **options: str | float) -> QuantModel:
@@ -124,10 +116,10 @@ def large_end(qmodel: QuantModel, images: Tensor) -> list[float]:
     def look(quantizer: Any, x: Tensor) -> None:
         found.append(float((quantizer.quantized(x) - x)[x > LARGE].square().mean()))
 
-    qmodel.set_state("off")
-    for site in qmodel.sites(roles.SOFTMAX_OUT):
-        qmodel.quantizers[site].observer = look
-    with torch.no_grad():
+    sites = qmodel.sites(roles.SOFTMAX_OUT)
+    with torch.no_grad(), switched_off(qmodel, sites):
+        for site in sites:
+            qmodel.quantizers[site].observer = look
         qmodel(images)
     return found
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import vitq
+from vitq.calibrate.capture import switched_off
 from vitq.core import roles
 from vitq.core.qmodel import QuantModel
 from vitq.data.source import LoadedModel
@@ -31,14 +32,11 @@ def plain(loaded: LoadedModel, photos: tuple[Tensor, Tensor]) -> QuantModel:
 def float_values(qmodel: QuantModel, images: Tensor, *wanted: str) -> dict[str, Tensor]:
     """What the float model gives the sites of these roles."""
     found: dict[str, Tensor] = {}
-    states = {site: quantizer.state for site, quantizer in qmodel.quantizers.items()}
-    for site in qmodel.sites(*wanted):
-        qmodel.quantizers[site].observer = lambda q, x, name=site.id: found.__setitem__(name, x.clone())
-    qmodel.set_state("off")
-    with torch.no_grad():
+    sites = qmodel.sites(*wanted)
+    with torch.no_grad(), switched_off(qmodel, sites):
+        for site in sites:
+            qmodel.quantizers[site].observer = lambda q, x, name=site.id: found.__setitem__(name, x.clone())
         qmodel(images)
-    for site, state in states.items():
-        qmodel.quantizers[site].observer, qmodel.quantizers[site].state = None, state
     return found
 
 
@@ -84,10 +82,6 @@ def test_every_input_is_balanced_and_the_float_model_stays(
 ) -> None:
     assert whole.log["balance_channels"]["kept"] == 0
     assert len(whole.log["balance_channels"]["alphas"]) == 48
-    states = {site: quantizer.state for site, quantizer in whole.quantizers.items()}
-    whole.set_state("off")
-    with torch.no_grad():
+    with torch.no_grad(), switched_off(whole, []):
         expected, got = loaded.model(photos[1]), whole(photos[1])
-    for site, state in states.items():
-        whole.quantizers[site].state = state
     assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()

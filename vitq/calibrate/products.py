@@ -236,8 +236,7 @@ class Samples:
 
     def _take(self, left: Tensor, right: Tensor | None, made: Tensor, g: Tensor | None, seen: int, images: int) -> None:
         left, made = left.float(), made.float()
-        square = None if g is None else g.float().square()
-        square = None if square is None else EVEN * square.mean() + (1 - EVEN) * square
+        square = None if g is None else _half_even(g)
         if self._is_flat():
             left, made = left.reshape(-1, left.shape[-1]), made.reshape(-1, made.shape[-1])
             square = None if square is None else square.reshape(-1, made.shape[-1])
@@ -312,6 +311,13 @@ def _joined(chunks: list[Chunk]) -> Chunk:
         right = torch.cat([c.right.expand(len(c.left), *c.right.shape[1:]) for c in chunks if c.right is not None])
     left, made = torch.cat([c.left for c in chunks]), torch.cat([c.made for c in chunks])
     return Chunk(left, right, made, weight, first.by_entry)
+
+
+def _half_even(g: Tensor) -> Tensor:
+    """Squared gradients, EVEN of their sum spread over all of them."""
+    square = g.float().square()
+    mean = square.mean()
+    return square.mul_(1 - EVEN).add_(EVEN * mean)
 
 
 def _chosen(square: Tensor | None, there: int, wanted: int) -> tuple[Tensor, Tensor | None]:

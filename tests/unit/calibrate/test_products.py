@@ -277,7 +277,7 @@ def test_rows_of_an_entry_follow_its_gradients() -> None:
     torch.testing.assert_close(chunk.left @ chunk.right, chunk.made)  # type: ignore[operator]
 
 
-def test_without_any_gradient_errors_count_alike_also_beside_samples_with_some() -> None:
+def test_without_any_gradient_errors_count_alike_but_not_beside_samples_with_some() -> None:
     """Found by this test: weights of one stood beside weights of 1e-12 and decided alone."""
     x, w = torch.randn(8, 6), torch.randn(7, 6)
     none = samples("linear", param="w")

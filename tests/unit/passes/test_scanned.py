@@ -13,8 +13,6 @@ from vitq.data.zoo import build_zoo, seeded_images
 from vitq.passes import fit_products
 from vitq.quantizers.adaptive_log import AdaptiveLogQuantizer
 
-OPERANDS = (roles.SOFTMAX_OUT, roles.FC2_IN, roles.VALUE)
-
 
 def error_left(bits: int) -> float:
     """Share of the products' error that is left, logarithms behind softmax and GELU."""
