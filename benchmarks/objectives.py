@@ -5,7 +5,6 @@ share of all weight that is even (products.EVEN), the squared error of the outpu
 quantized alone, weighed by Fisher information: the mean of squared gradients over labels drawn from the probabilities
 of the model, which are other draws than those of the probe. Summed over linears and images; on the photos that scales
 were searched on ("seen"), and on as many others of split `ablate`.
-
 """
 
 from __future__ import annotations
