@@ -127,8 +127,8 @@ def gathered(qmodel: QuantModel, images: Tensor) -> list[Whole]:
     found = [p for p in products(qmodel) if p.module.startswith(BLOCK) or p.module == "head"]
     step = FitProducts("hessian", **EVERYTHING)
     wholes = []
-    for product, samples in step._sample(qmodel, found, Batches.of(images), Silent()).items():
-        samples.merge()
+    for samples in step.sampled(qmodel, found, Batches.of(images), Silent()):
+        product = samples.product
         (chunk,) = samples.chunks
         right = chunk.right
         if right is None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vitq.calibrate.heap import give_back
 from vitq.core.batches import Batches, ForwardFn, default_forward, describe_example, first_of, moved
 from vitq.core.errors import DataError, InputError
 from vitq.core.format import Bits, Format, Scalar
@@ -138,6 +139,7 @@ def run_passes(qmodel: QuantModel, data: Batches | None, progress: Progress) -> 
     for spec, step in steps:
         start = time.perf_counter()
         step.run(qmodel, data, progress)
+        give_back()
         seconds.append({"pass": str(spec), "seconds": round(time.perf_counter() - start, 3)})
     qmodel.log["passes"] = seconds
 

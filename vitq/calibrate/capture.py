@@ -21,10 +21,12 @@ from torch import Tensor
 
 from vitq.calibrate.blocks import Stop, call_block, stream_blocks
 from vitq.calibrate.heap import give_back
-from vitq.core.batches import Batches
+from vitq.core.batches import Batches, leading_size, split
 from vitq.core.progress import Progress, Task
 from vitq.core.qmodel import QuantModel
 from vitq.core.site import Site
+
+IMAGES = 8  # at a time where many sites keep something of every forward: activations are small beside that
 
 
 class Watcher(Protocol):
@@ -70,11 +72,12 @@ def watch_parallel(
     """Show every site the values that the float model gives it, then finish all of them."""
     active = {site.id: make(site) for site in sites}
     with switched_off(qmodel, sites), progress.task("observing", len(data.sizes)) as task:
-        for batch, images in zip(data, data.sizes, strict=True):
-            for site in sites:
-                _observe_with(qmodel, site, partial(active[site.id].observe, images=images))
-            data.forward(qmodel.model, batch)
-            give_back()
+        for batch in data:
+            for part in split(batch, IMAGES):
+                for site in sites:
+                    _observe_with(qmodel, site, partial(active[site.id].observe, images=leading_size(part)))
+                data.forward(qmodel.model, part)
+                give_back()
             task.advance()
     for watcher in active.values():
         watcher.finish()

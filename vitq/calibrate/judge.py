@@ -17,7 +17,7 @@ from vitq.calibrate.objective import Objective
 from vitq.calibrate.products import Chunk, Product
 from vitq.quantizers.base import Params, Quantizer
 
-LARGEST = 2**22  # values of a tensor of candidates
+LARGEST = 2**21  # values of a tensor of candidates
 PART = 8  # one in so many rows is looked at first, and one in so many candidates then on all
 
 
@@ -45,32 +45,34 @@ class Judge:
         if count < 2 * PART:
             return self.score(side, params, alone=alone).argmin(0, keepdim=True)
         keep = -(-count // PART)
-        score = self.score(side, params, alone=alone, part=PART)
+        score = self.score(side, params, alone=alone, first=True)
         score[0] = -torch.inf  # what there is now is compared in any case
         chosen = score.topk(keep, dim=0, largest=False, sorted=False).indices.sort(0).values
         some = {name: value.gather(0, chosen) for name, value in params.items()}
         return chosen.gather(0, self.score(side, some, alone=alone).argmin(0, keepdim=True))
 
-    def score(self, side: str, params: Params, *, alone: bool = False, part: int = 1) -> Tensor:
+    def score(self, side: str, params: Params, *, alone: bool = False, first: bool = False) -> Tensor:
         """(K, G) score of candidates for one operand, the other being quantized as it is now.
 
         Args:
             alone: by the error of the operand itself, without the product. So it is wherever the errors of scale
                 groups mix in the product (channel scales of an input).
-            part: look at one in so many rows.
+            first: look at one in PART rows, where that is less work. Of a channel's own values there are as many as
+                rows, and all are looked at.
         """
         quantizer = self.quantizers[side == "right"]
         assert quantizer is not None
         dims = None if alone else self.product.groups_of(side, quantizer)
         candidates, total, values = next(iter(params.values())).shape[0], None, 0
         for chunk in self.chunks:
-            some = chunk.every(part)
+            few = first and not (dims is None and quantizer.layout.groups > 1)
+            some = chunk.every(PART) if few and not self._has_moments(side, chunk) else chunk
             x = self.operand(side, some)
             error = partial(self._error_alone, x) if dims is None else self._error_of(side, some, dims)
             largest = max(x.numel(), some.left.numel(), some.made.numel())
             parts = []
-            for few in torch.arange(candidates).split(max(1, LARGEST // largest)):
-                parts.append(error(quantizer, {name: value[few] for name, value in params.items()}))
+            for at in torch.arange(candidates).split(max(1, LARGEST // largest)):
+                parts.append(error(quantizer, {name: value[at] for name, value in params.items()}))
             here = torch.cat(parts) * some.made.numel()
             total, values = here if total is None else total + here, values + some.made.numel()
         assert total is not None
@@ -91,7 +93,27 @@ class Judge:
         error = layout.by_group(simulated(quantizer, params, x).sub_(x), lead=1)
         return self.objective(error[:, :, None], layout.by_group(x)[:, None])
 
+    def _has_moments(self, side: str, chunk: Chunk) -> bool:
+        """Whether the error of a weight follows from second moments of the rows, which are fewer numbers than these."""
+        flat = side == "right" and self.product.kind == "linear" and chunk.left.ndim == 2
+        return flat and self.objective.square and chunk.weight is None and chunk.left.shape[1] <= len(chunk.left)
+
+    def _error_by_moments(self, chunk: Chunk, dims: tuple[int, ...]) -> Callable[[Quantizer, Params], Tensor]:
+        """With d = Q(W) - W and c = (Q(X) - X) W^T squared errors are d Q(X)^T Q(X) d^T + 2 d Q(X)^T c + c^T c."""
+        x, weight = self._quantized("left", chunk), self.operand("right", chunk)
+        there = (x - chunk.left) @ weight.T
+        moments, cross, rest = x.T @ x, (x.T @ there).T, there.square().sum(0)
+
+        def error(quantizer: Quantizer, params: Params) -> Tensor:
+            d = simulated(quantizer, params, weight).sub_(weight)
+            square = (d @ moments).add_(cross, alpha=2).mul_(d).sum(-1, dtype=torch.float64).add_(rest) / len(x)
+            return _for_each(square if dims else square.mean(1, keepdim=True), quantizer.layout.groups)
+
+        return error
+
     def _error_of(self, side: str, chunk: Chunk, dims: tuple[int, ...]) -> Callable[[Quantizer, Params], Tensor]:
+        if self._has_moments(side, chunk):
+            return self._error_by_moments(chunk, dims)
         x, (plain, factor) = self.operand(side, chunk), self._plain(chunk)
         other = self._quantized("left" if side == "right" else "right", chunk) * factor
 
@@ -99,10 +121,9 @@ class Judge:
             tried = simulated(quantizer, params, x)
             both = (tried, other) if side == "left" else (other, tried)
             groups = quantizer.layout.groups
-            score = self._compared(self.product.multiply(self.model, *both).sub_(plain), chunk, dims, groups)
-            if score.shape[1] not in (1, groups):  # several groups in a row of a weight are judged together
-                return score.repeat_interleave(groups // score.shape[1], dim=1)
-            return score.expand(-1, groups)
+            return _for_each(
+                self._compared(self.product.multiply(self.model, *both).sub_(plain), chunk, dims, groups), groups
+            )
 
         return error
 
@@ -144,6 +165,11 @@ def simulated(quantizer: Quantizer, params: Params, x: Tensor) -> Tensor:
     ones = (1,) * (wide.ndim - layout.ndim)
     shaped = {name: value.reshape(count, *ones, *layout.scale_shape) for name, value in params.items()}
     return layout.join(quantizer.simulate_with(wide.expand(count, *wide.shape), shaped))
+
+
+def _for_each(score: Tensor, groups: int) -> Tensor:
+    """(K, G) of a score (K, 1), or (K, R) where several groups in a row of a weight are judged together."""
+    return score.repeat_interleave(groups // score.shape[1], dim=1)
 
 
 def _arranged(x: Tensor, dims: tuple[int, ...], most: int) -> Tensor:

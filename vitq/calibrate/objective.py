@@ -44,6 +44,11 @@ class Objective:
     probe: str | None = None
     score_attention: Score | None = None
 
+    @property
+    def square(self) -> bool:
+        """Whether it is the mean of squares where there are no weights."""
+        return self.score is _squared
+
     def __call__(self, error: Tensor, wanted: Tensor, weight: Tensor | None = None, *, scores: bool = False) -> Tensor:
         """Score candidates; `scores` says that they are attention scores before softmax. `error` is used up."""
         chosen = self.score_attention if scores and self.score_attention is not None else self.score

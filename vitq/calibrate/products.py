@@ -182,6 +182,12 @@ class Samples:
     _left: Tensor | None = None
     _right: Tensor | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what was gathered."""
+        tensors = (t for c in self.chunks for t in (c.left, c.right, c.made, c.weight) if t is not None)
+        return sum(t.numel() * t.element_size() for t in tensors)
+
     def merge(self) -> None:
         """Make one chunk of those of the same shape."""
         by_shape: dict[tuple[torch.Size, ...], list[Chunk]] = {}

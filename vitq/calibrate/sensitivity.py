@@ -18,7 +18,7 @@ Source:  hessian       PTQ4ViT, arXiv 2111.12293, section 3.2, whose code takes 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,7 +31,7 @@ from vitq.core.batches import Batches, leading_size, split
 from vitq.core.progress import Task
 from vitq.core.qmodel import QuantModel
 
-GRADIENT_IMAGES = 4  # at a time: what a backward keeps of them is less than a float forward of 32 takes
+GRADIENT_IMAGES = 2  # at a time: what a backward keeps of them is about what a float forward of 32 takes
 PERTURBED_IMAGES = 4  # the forwards and backwards of "perturbation" are one pair for every block
 STEP = 0.01  # of a perturbation, in parts of the output's root mean square: gradients differ beyond float noise
 PROBES = ("hessian", "fisher", "blockwise", "perturbation")
@@ -44,11 +44,14 @@ def run_backward(
     seed: int,
     watch: Callable[[int, int, Callable[[], bool]], None],
     task: Task,
+    since: Collection[str] = ("",),
 ) -> None:
     """Run the model as it is forward and backward on all images, a few at a time.
 
     Args:
         probe: one of PROBES.
+        since: modules that gradients go back to and no further ("" is the model): what is before the first of them
+            costs no backward and keeps nothing.
         watch: told before each forward (images seen, images in it, whether the gradients that come now are those of
             the probe).
         seed: of the random numbers, which belong to an image, not to a micro-batch.
@@ -63,8 +66,8 @@ def run_backward(
                 draws = [_generator(seed, seen + image) for image in range(images)]
                 blocks = _Blocks(qmodel, draws, roots) if through_blocks else _NoBlocks()
                 watch(seen, images, lambda blocks=blocks: blocks.second)  # type: ignore[misc]
-                with torch.enable_grad(), blocks:
-                    found = _outputs(data.forward(qmodel.model, _with_gradients(part)))
+                with torch.enable_grad(), blocks, _gradients_since(qmodel.model, since):
+                    found = _outputs(data.forward(qmodel.model, part))
                     outputs = [out for out in found if out.requires_grad]
                     starts = [_start(out.detach(), probe, draws) for out in outputs]
                     if outputs and not blocks.second:
@@ -193,13 +196,24 @@ def _outputs(found: Any) -> list[Tensor]:
     return [t for t in pytree.tree_leaves(found) if isinstance(t, Tensor) and t.is_floating_point()]
 
 
-def _with_gradients(batch: Any) -> Any:
-    def one(t: Any) -> Any:
-        wanted = isinstance(t, Tensor) and t.is_floating_point()
-        # A copy that is no leaf: the model may change it in place.
-        return t.detach().requires_grad_().clone() if wanted else t
+@contextmanager
+def _gradients_since(model: nn.Module, names: Collection[str]) -> Iterator[None]:
+    """The inputs of these modules require gradients, unless they come from one of them."""
 
-    return pytree.tree_map(one, batch)
+    def begin(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        every = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_floating_point()]
+        if any(t.requires_grad for t in every):
+            return None
+        # Copies that are no leaves: the model may change them in place.
+        begun = {id(t): t.detach().requires_grad_().clone() for t in every}
+        return pytree.tree_map(lambda t: begun.get(id(t), t), (args, kwargs))
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(begin, with_kwargs=True) for name in names]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

@@ -37,10 +37,10 @@ class Biases:
     ) -> None:
         self.qmodel, self.weights = qmodel, weights
         own = {linear.input.id: linear for linear in found if linear.module is not None}
-        sites, batches = [linear.input for linear in own.values()], len(data.sizes)
+        sites = [linear.input for linear in own.values()]
         wanted: dict[str, Tensor] = {}
         watch_parallel(
-            qmodel, sites, lambda s: _Mean(qmodel, own[s.id], self.rows(s, own), wanted, batches), data, progress
+            qmodel, sites, lambda s: _Mean(qmodel, own[s.id], self.rows(s, own), wanted, data.count), data, progress
         )
         self.wanted = wanted
         self.linears = {site: linear for site, linear in own.items() if str(linear.module) in wanted}
@@ -94,13 +94,13 @@ class _Mean(_Inputs):
     """Notes what a linear of the float model puts out on average, if it is called once per forward."""
 
     def __init__(
-        self, qmodel: QuantModel, linear: Linear, weights: RowWeights, found: dict[str, Tensor], batches: int
+        self, qmodel: QuantModel, linear: Linear, weights: RowWeights, found: dict[str, Tensor], images: int
     ) -> None:
         super().__init__(qmodel, linear, weights)
-        self.found, self.left = found, batches
+        self.found, self.left = found, images
 
     def observe(self, x: Tensor, images: int) -> None:
-        self.left -= 1
+        self.left -= images
         self.take(x)
 
     def finish(self) -> None:

@@ -33,7 +33,7 @@ def adalog(
     heads: bool = True,
     parity: bool = False,
     rounds: int = 3,
-    rows: int = 256,
+    rows: int = 1536,
     steps: int = 128,
 ) -> Recipe:
     """Searched logarithm bases after softmax and GELU, scales by the error of the products, found coarse to fine."""
@@ -42,7 +42,7 @@ def adalog(
     shifted = Format.of("adaptive_log", act_bits, shifted=True, fixed=base, extra_zero_level=parity)
     folded = (roles.QKV_IN, roles.FC1_IN, roles.MERGE_IN)
     search = "progressive" if progressive else "grid"
-    channels = PassSpec.of("fit_products", search=search, mixed=True, steps=steps)
+    channels = PassSpec.of("fit_products", search=search, mixed=True, rows=rows, steps=steps)
     fit = PassSpec.of("fit_products", search=search, alone=True, rounds=rounds, rows=rows, steps=steps)
     return Recipe(
         name="adalog",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -130,6 +131,28 @@ def test_scores_are_those_of_a_slow_loop_over_candidates(kind: str, side: str, p
             expected = torch.stack([error.select(dim, i).mean() for i in range(error.shape[dim])])
             expected = expected.repeat_interleave(searched.layout.groups // len(expected))
         torch.testing.assert_close(found[k], expected, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("per", ["tensor", "channel", "group:4"])
+@pytest.mark.parametrize("rows", [7, 30])
+def test_weights_are_scored_on_all_rows_whether_by_their_moments_or_not(per: str, rows: int) -> None:
+    """Of 8 channels: 30 rows are more than their second moments, of which no part is looked at first."""
+    case, left = Case("linear"), torch.randn(rows, 8) * torch.rand(8)
+    site_of = replace(case.product.left, axes=("token", "channel"), shape=(rows, 8))
+    act = quantizer_for(site_of, left, "tensor")
+    weight = quantizer_for(case.product.right, case.right, per, symmetric=True)
+    tried, wanted = candidates(weight, case.right), left.double() @ case.right.double().T
+    chunk = Chunk(left, None, wanted.float(), None)
+    judge = Judge(case.model, replace(case.product, left=site_of), [chunk], (act, weight), OBJECTIVES["mse"])
+    expected, seen = [], act.decode(act.encode(left)).double()
+    for k in range(K):
+        weight.set_params({name: value[k] for name, value in tried.items()})
+        each = (seen @ weight.decode(weight.encode(case.right)).double().T - wanted).square().mean(0)
+        each = each.mean().reshape(1) if per == "tensor" else each
+        expected.append(each.repeat_interleave(weight.layout.groups // len(each)))
+    found = judge.score("right", tried)
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-4, atol=0)
+    assert torch.equal(judge.score("right", tried, first=True), found) == (rows == 30 or rows < 2 * PART)
 
 
 @pytest.mark.parametrize(("kind", "side", "per"), CASES)

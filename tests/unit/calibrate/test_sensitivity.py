@@ -55,7 +55,14 @@ class Small(nn.Module):
         return out
 
 
-def gradients(model: nn.Module, data: Batches, probe: str, owner: str = "blocks.0.up", seed: int = 0) -> Tensor:
+def gradients(
+    model: nn.Module,
+    data: Batches,
+    probe: str,
+    owner: str = "blocks.0.up",
+    seed: int = 0,
+    since: tuple[str, ...] = ("",),
+) -> Tensor:
     """Those that a probe gives at the result of a linear, image by image."""
     qmodel = vitq.quantize(model, "minmax", "w8a8", next(iter(data)), freeze=False)
     qmodel.set_state("off")
@@ -70,7 +77,7 @@ def gradients(model: nn.Module, data: Batches, probe: str, owner: str = "blocks.
         quantizer.product_observer = made
 
     with Silent().task("", len(data.sizes)) as task:
-        run_backward(qmodel, data, probe, seed, watch, task)
+        run_backward(qmodel, data, probe, seed, watch, task, since)
     return torch.cat(found)
 
 
@@ -281,3 +288,14 @@ def test_states_of_the_probe_leave_the_model_as_it_was() -> None:
     asked = {name for name, p in qmodel.model.named_parameters() if p.requires_grad}
     assert asked == {name for name, _ in model.named_parameters()} - {"head.weight"}
     assert not any(module._forward_hooks for module in qmodel.model.modules())
+
+
+@pytest.mark.parametrize("probe", PROBES)
+def test_gradients_go_back_to_where_they_are_asked_for_and_are_the_same(probe: str) -> None:
+    data, entered = Batches.of(torch.randn(4, 2, 3)), list[bool]()
+    model = Small()
+    whole = gradients(model, data, probe, "blocks.1.up")
+    model.blocks[0].register_forward_hook(lambda m, args, out: entered.append(out.requires_grad))
+    since = gradients(model, data, probe, "blocks.1.up", since=("blocks.1", "head"))
+    assert torch.equal(whole, since)
+    assert not any(entered)

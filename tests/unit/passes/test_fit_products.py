@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from vitq.core.progress import Silent
 from vitq.core.qmodel import QuantModel
 from vitq.core.recipe import PassSpec, Recipe, Rule
 from vitq.data.zoo import build_zoo, seeded_images
+from vitq.passes import fit_products
 from vitq.passes.fit import Fit
 from vitq.passes.fit_products import FitProducts
 from vitq.quantizers.base import Quantizer
@@ -54,10 +56,9 @@ def fitted(model: nn.Module, images: Tensor, bits: str = "w4a4") -> QuantModel:
 def scores(qmodel: QuantModel, step: FitProducts, images: Tensor) -> dict[str, float]:
     """The error of every product with its operands as they are, by what the pass looks at."""
     found = products(qmodel)
-    sampled = step._sample(qmodel, found, Batches.of(images), Silent())
     errors = {}
-    for product, samples in sampled.items():
-        samples.merge()
+    for samples in step.sampled(qmodel, found, Batches.of(images), Silent()):
+        product = samples.product
         judge = Judge(qmodel.model, product, samples.chunks, samples.quantizers, step.objective)
         errors[f"{product.left.id} {product.kind}"] = judge.error()
     return errors
@@ -397,3 +398,27 @@ def test_micro_batches_do_not_show(objective: str) -> None:
     ]
     for key, value in runs[0].state_dict().items():
         assert torch.equal(value, runs[1].state_dict()[key]), key
+
+
+@pytest.mark.parametrize("objective", ["mse", "hessian", "blockwise", "perturbation_hessian"])
+@pytest.mark.parametrize("model", ["seeded_vit", "seeded_swin"])
+def test_how_many_products_memory_holds_at_a_time_does_not_show(
+    model: str, objective: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, recipe = seeded_images(16), plain(objective=objective)
+    whole = vitq.quantize(build_zoo(model), recipe, "w4a4", images)
+    goes: list[int] = []
+    sample = FitProducts._sample
+
+    def counted(self: FitProducts, *args: Any) -> Any:
+        found = sample(self, *args)
+        goes.append(len(found))
+        return found
+
+    monkeypatch.setattr(FitProducts, "_sample", counted)
+    monkeypatch.setattr(fit_products, "SAMPLED", 2**16)
+    cut = vitq.quantize(build_zoo(model), recipe, "w4a4", images)
+    assert len(goes) > 2
+    assert sum(goes) == len(products(whole))
+    for key, value in whole.state_dict().items():  # attention that nobody looks into is fused: other rounding
+        torch.testing.assert_close(cut.state_dict()[key], value, msg=key)

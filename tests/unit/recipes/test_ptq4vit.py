@@ -46,8 +46,8 @@ def errors(qmodel: QuantModel, objective: str, *which: str) -> dict[str, float]:
     found = [p for p in products(qmodel) if p.left.role in which or not which]
     step = FitProducts(objective, rows=0, entries=0, per_entry=0)
     errors = {}
-    for product, samples in step._sample(qmodel, found, Batches.of(others), Silent()).items():
-        samples.merge()
+    for samples in step.sampled(qmodel, found, Batches.of(others), Silent()):
+        product = samples.product
         judge = Judge(qmodel.model, product, samples.chunks, samples.quantizers, OBJECTIVES[objective])
         errors[product.left.id] = judge.error()
     return errors
