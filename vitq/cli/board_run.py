@@ -20,7 +20,7 @@ from vitq.core.errors import DataError, InputError, VitqError
 from vitq.core.version import __version__
 from vitq.data.images import Batch, ImageSet, open_images
 from vitq.evaluate import fingerprint
-from vitq.evaluate.classify import evaluate_classifier
+from vitq.evaluate.classify import ClassifyResult, evaluate_classifier
 from vitq.evaluate.leaderboard import (
     FAILED,
     FLOAT,
@@ -192,7 +192,7 @@ class Run:
             about = f"; about {clock(left)} left" if done else ""
             self.say.note(f"row {number + 1} of {len(todo)}: {entry or FLOAT} ({why}){about}")
             if entry is None:
-                self._float_row()
+                self._add(None, accuracy_cells(self._float), self._float.predictions.correct)
                 start = time.perf_counter()
                 continue
             done += 1
@@ -201,14 +201,15 @@ class Run:
             else:
                 self._row(entry)
 
-    def _float_row(self) -> None:
+    @cached_property
+    def _float(self) -> ClassifyResult:
         with self.say.counted("evaluating the float model", len(self.evaluation)) as tell:
-            found = evaluate_classifier(self.loaded.model, self.ground.batches(), on_batch=tell, device=self.device)
-        self._add(None, accuracy_cells(found), found.predictions.correct)
+            return evaluate_classifier(
+                self.loaded.model, self.ground.batches(), on_batch=tell, device=self.device, keep_logits=True
+            )
 
     def _row(self, entry: Entry) -> None:
-        reference = self.board.correct(self.key(None))
-        assert reference is not None
+        reference = self._float
         try:
             data = self.calibration(entry.seed)
             evaluating = self.say.counted("evaluating", len(self.evaluation))

@@ -145,8 +145,9 @@ def show(found: Sequence[Standing], asked: Asked, against: str, out: Path, say: 
     data = f"{asked.evaluation}; calibrated on {asked.calib_size} of {asked.calib}"
     say.result(
         f"{first.images} images of {data}, seeds {', '.join(map(str, asked.seeds))}; float {first.top1_float:.2f} %. "
-        f"top-1: mean over the seeds, interval over images and seeds. cost: time of quantizing in forwards of the "
-        f"float model over the calibration images, median of the seeds. Rows: {out}"
+        f"top-1: mean over the seeds, interval over images and seeds. KL: divergence from the float "
+        f"model in nats; cost: time of quantizing in forwards of the "
+        f"float model over the calibration images; medians of the seeds. Rows: {out}"
     )
     if any(any(published_of(row, asked.model).values()) for row in found):
         say.result(
@@ -156,21 +157,22 @@ def show(found: Sequence[Standing], asked: Asked, against: str, out: Path, say: 
 
 
 def shown_row(row: Standing, model: str, against: str) -> dict[str, str]:
-    """A row of the table."""
-    top1, cost = row.top1, row.cost
+    """A row of the table. Recoveries are for comparing with what is published."""
+    top1, cost, published = row.top1, row.cost, published_of(row, model)
     assert top1 is not None
     assert cost is not None
     return {
         "recipe": row.label,
         "top-1 % [95 %]": f"{top1.middle:.2f} [{top1.low:.1f}, {top1.high:.1f}]",
-        "recovery": "" if row.recovery is None else f"{row.recovery:.3f}",
+        "recovery": f"{row.recovery:.3f}" if row.recovery is not None and any(published.values()) else "",
         f"minus {against} [95 %]": signed(row.minus),
+        "KL": "" if row.kl is None else f"{row.kl.middle:.3f}",
         "cost": f"{cost.middle:.1f}",
         "MACs": "" if row.macs is None else f"{row.macs:.2f}",
         "MB": f"{(row.size or 0) / 1e6:.2f}",
         "bits w/a": f"{row.weight_bits:.2f}/{row.act_bits:.2f}",
         "extra MMACs": f"{row.extra_macs / 1e6:.1f}" if row.extra_macs else "",
-        **published_of(row, model),
+        **published,
     }
 
 

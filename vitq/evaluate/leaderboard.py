@@ -1,7 +1,7 @@
 """One row of a leaderboard measured, and rows of several seeds put together and compared.
 
-Units:   accuracies, differences and interval ends in percent; cost in forwards of the float model over the calibration
-         images; extra_macs per image. All accuracies are simulated
+Units:   accuracies, differences and interval ends in percent; divergences in nats; cost in forwards of the float model
+         over the calibration images; extra_macs per image. All accuracies are simulated
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from vitq.core.qmodel import QuantModel
 from vitq.core.recipe import RecipeFn
 from vitq.evaluate.classify import Batch, ClassifyResult, evaluate_classifier
 from vitq.evaluate.cost import count_macs, float_forward_seconds
-from vitq.evaluate.metrics import mean_over_seeds, paired_difference, rounded
+from vitq.evaluate.metrics import logit_kl, mean_over_seeds, paired_difference, rounded, rounded_small
 from vitq.pipeline import quantize
 
 KEY = ("model", "recipe", "options", "bits", "seed")  # the columns that identify a row
@@ -36,8 +36,8 @@ FLOAT = "float"  # as a recipe's name: the model as it is
 OK, FAILED = "ok", "failed"
 MEASURED = (
     "images", "top1", "top1_low", "top1_high", "top1_float", "recovery", "minus_float", "minus_float_low",
-    "minus_float_high", "cost", "macs", "seconds", "float_seconds", "bytes", "weight_bits", "act_bits", "model_bits",
-    "extra_macs",
+    "minus_float_high", "logit_kl", "cost", "macs", "seconds", "float_seconds", "bytes", "weight_bits", "act_bits",
+    "model_bits", "extra_macs",
 )  # fmt: skip
 FORWARDS = 3  # float forwards timed before quantizing, and as many after
 Row = Mapping[str, str]
@@ -96,7 +96,7 @@ def measure(
     entry: Entry,
     ground: Ground,
     data: Batches,
-    reference: Tensor,
+    reference: ClassifyResult,
     progress: Progress,
     evaluating: AbstractContextManager[Callable[[int], None]] | None = None,
 ) -> tuple[dict[str, Any], Tensor]:
@@ -105,7 +105,7 @@ def measure(
     The float forward is timed before and after, so that a machine whose speed changes is fair to both.
 
     Args:
-        reference: which images the float model gets right.
+        reference: the float model's result, with its logits.
         evaluating: gives what is called with the number of images evaluated so far.
     """
     before = float_forward_seconds(ground.model, data, FORWARDS)
@@ -117,16 +117,19 @@ def measure(
     with tempfile.TemporaryDirectory() as folder:
         saved = save(qmodel, Path(folder) / "out")
     with evaluating or nullcontext() as tell:
-        found = evaluate_classifier(qmodel, ground.batches(), on_batch=tell, device=ground.device)
+        found = evaluate_classifier(qmodel, ground.batches(), on_batch=tell, device=ground.device, keep_logits=True)
+    assert found.logits is not None
+    assert reference.logits is not None
     correct, bits = found.predictions.correct, saved["effective_bits"]
-    difference = paired_difference(correct, reference)
-    top1, top1_float = (100 * float(right.double().mean()) for right in (correct, reference))
+    difference = paired_difference(correct, reference.predictions.correct)
+    top1, top1_float = (100 * float(each.predictions.correct.double().mean()) for each in (found, reference))
     cells = accuracy_cells(found) | {
         "top1_float": rounded(top1_float),
         "recovery": rounded(top1 / top1_float) if top1_float else None,
         "minus_float": rounded(difference.mean),
         "minus_float_low": rounded(difference.low),
         "minus_float_high": rounded(difference.high),
+        "logit_kl": rounded_small(float(logit_kl(reference.logits, found.logits).mean())),
         "cost": round(seconds / forward, 3),
         "seconds": round(seconds, 3),
         "float_seconds": round(forward, 4),
@@ -179,6 +182,7 @@ class Standing:
         seeds, failed: with a result, and without.
         top1: mean over the seeds; its interval is over images and seeds. None without a result, as what follows.
         minus: paired difference from the baseline, over the seeds that both have; None without a baseline.
+        kl: mean divergence from the float model over images, nats, over the seeds; None in rows of older versions.
         cost, seconds: of quantizing, over the seeds.
         macs: the same in multiply-accumulates; None where they were not counted.
         size: bytes of the artifact, the largest of the seeds'.
@@ -195,6 +199,7 @@ class Standing:
     reason: str
     top1: Spread | None = None
     minus: Spread | None = None
+    kl: Spread | None = None
     cost: Spread | None = None
     seconds: Spread | None = None
     macs: float | None = None
@@ -284,11 +289,12 @@ def _standing(
         return row
     done = [rows[seed] for seed in right]
     both = [seed for seed in right if seed in base]
-    macs = _numbers(done, "macs")
+    macs, kl = _numbers(done, "macs"), _numbers(done, "logit_kl")
     return replace(
         row,
         top1=_mean([right[seed].double() for seed in right]),
         minus=_mean([right[seed].double() - base[seed].double() for seed in both]) if both else None,
+        kl=_median(kl) if kl else None,
         cost=_median(_numbers(done, "cost")),
         seconds=_median(_numbers(done, "seconds")),
         macs=macs[0] if macs else None,

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import vitq
@@ -16,6 +17,7 @@ from vitq.data.images import Batch
 from vitq.data.source import load_model
 from vitq.data.zoo import zoo_images
 from vitq.evaluate import leaderboard
+from vitq.evaluate.classify import evaluate_classifier
 from vitq.evaluate.leaderboard import FAILED, KEY, MEASURED, OK, Entry, Ground, Key, Row, measure, standings
 from vitq.evaluate.metrics import mean_over_seeds, paired_difference
 
@@ -57,7 +59,16 @@ def test_seeds_are_put_together_and_paired_image_by_image() -> None:
     table = Table()
     answers = {(name, seed): right(0.7, 10 * seed + (name == "a")) for name in "ab" for seed in (0, 1, 2)}
     for (name, seed), correct in answers.items():
-        table.add(name, "w4a4", seed, correct, cost=seed + 1, bytes=1000 + seed, macs=3 if seed == 0 else "")
+        table.add(
+            name,
+            "w4a4",
+            seed,
+            correct,
+            cost=seed + 1,
+            logit_kl=0.1 * seed,
+            bytes=1000 + seed,
+            macs=3 if seed == 0 else "",
+        )
     found = {row.recipe: row for row in table.found()}
     stack = torch.stack([answers["a", s].double() for s in (0, 1, 2)])
     row = found["a"]
@@ -71,6 +82,7 @@ def test_seeds_are_put_together_and_paired_image_by_image() -> None:
         mean_over_seeds(stack - float_right), abs=1e-4
     )
     assert (row.cost.middle, row.cost.low, row.cost.high, row.size, row.macs) == (2, 1, 3, 1002, 3)  # type: ignore[union-attr]
+    assert (row.kl.middle, row.kl.low, row.kl.high) == pytest.approx((0.1, 0, 0.2))  # type: ignore[union-attr]
     assert row.images == IMAGES
     paired = {each.recipe: each.minus for each in table.found("b")}
     assert paired["b"] is None
@@ -142,14 +154,16 @@ def ground() -> tuple[Ground, Batches, Callable[[], list[Batch]]]:
 
 def test_a_row_is_what_quantize_save_and_evaluate_give() -> None:
     base, calib, batches = ground()
-    with torch.no_grad():
-        reference = torch.cat([base.model(b.images).argmax(1) == b.labels for b in batches()])
+    reference = evaluate_classifier(base.model, batches(), keep_logits=True)
     entry = Entry("percentile+qwt", "percentile+qwt", (("p", 0.9995),), "w4a4", 3)
     cells, correct = measure(entry, base, calib, reference, Silent())
     qmodel = vitq.quantize(base.model, "percentile+qwt", "w4a4", calib, options={"p": 0.9995}, seed=3)
     with torch.no_grad():
-        wanted = torch.cat([qmodel(b.images).argmax(1) == b.labels for b in batches()])
+        logits, plain = (torch.cat([model(b.images) for b in batches()]).double() for model in (qmodel, base.model))
+    wanted = logits.argmax(1) == torch.cat([b.labels for b in batches()])
     assert torch.equal(correct, wanted)
+    kl = F.kl_div(logits.log_softmax(1), plain.log_softmax(1), log_target=True, reduction="batchmean")
+    assert cells["logit_kl"] == pytest.approx(float(kl), rel=1e-3)
     assert set(cells) == set(MEASURED) - {"macs"}
     assert cells["top1"] == pytest.approx(100 * float(wanted.double().mean()))
     assert cells["images"] == 100
