@@ -26,7 +26,7 @@ from vitq.quantizers.base import Params, Quantizer
 from vitq.quantizers.layout import Layout
 from vitq.quantizers.registry import QUANTIZERS
 
-GELU_MINIMUM = 0.16997124254703522  # of -x Phi(x)
+GELU_MINIMUM = 0.16997124254703522  # of -x Phi(x); x sigmoid(1.702 x), the quick GELU, ends at -0.1636
 SPLITS = 20  # 2**0 … 2**-19, as published
 SHIFT = 4.0  # before one is chosen: most attention probabilities are below 2**-4
 SMALLEST = 1e-30  # a range below it is zero

@@ -46,7 +46,7 @@ def ptq4vit(
             Rule(uniform(act_bits)),
             Rule(uniform(act_bits, "head"), roles=(roles.QUERY, roles.KEY, roles.VALUE)),
             Rule(after_softmax, roles=(roles.SOFTMAX_OUT,)),
-            Rule(after_gelu, roles=(roles.FC2_IN,), producer="gelu"),
+            *(Rule(after_gelu, (roles.FC2_IN,), producer=name) for name in ("gelu", "quick_gelu")),
             Rule(uniform(8), roles=(roles.PATCH_IN, roles.CONV_IN)),
             Rule(uniform(weight_bits, weights), roles=(roles.WEIGHT,)),
         ),
