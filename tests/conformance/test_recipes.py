@@ -25,6 +25,7 @@ from vitq.core import roles
 from vitq.core.format import Bits, Format
 from vitq.core.qmodel import QuantModel
 from vitq.core.recipe import RECIPES, PassSpec, Recipe, Rule, resolve_recipe
+from vitq.core.site import Site
 from vitq.data.zoo import build_zoo, seeded_images
 from vitq.quantizers.base import Quantizer
 from vitq.quantizers.common import AnyQuantizer
@@ -75,6 +76,17 @@ def noise_ratio(qmodel: nn.Module, model: nn.Module, images: Tensor) -> float:
     with torch.no_grad():
         expected, got = model(images), qmodel(images)
     return float((got - expected).square().sum() / expected.square().sum())
+
+
+@each_recipe
+def test_the_quick_gelu_is_treated_as_gelu(name: str) -> None:
+    """Their shapes are nearly the same, and models that are fine-tuned from CLIP's have the quick one."""
+    recipe = resolve_recipe(name, Bits.parse("w4a4"))
+    sites = [
+        Site("x:op0.input", "x", "linear", 0, "input", roles.FC2_IN, ("batch", "token", "channel"), (1, 4, 8), producer)
+        for producer in ("gelu", "quick_gelu")
+    ]
+    assert recipe.format_for(sites[0]) == recipe.format_for(sites[1])
 
 
 @each_recipe

@@ -67,7 +67,7 @@ class FitProducts(Pass):
     slot = "fit"
     needs = frozenset({ACT_SCALES, WEIGHT_SCALES})
     gives = frozenset({ACT_SCALES, WEIGHT_SCALES})
-    cost = "one forward of the calibration images, two to three backwards if the objective needs gradients; the search"
+    cost = "a forward of the calibration images (with gradients up to two backwards) per 80 MiB of samples; the search"
 
     def __init__(
         self,

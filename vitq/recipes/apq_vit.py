@@ -14,7 +14,8 @@ and value), that the patch embedding's input has 8 bits (there float), that the 
 for all that are scored together), that candidates are judged on a sample of rows (passes/fit_products.py), and in the
 grids. Those of linears, queries, keys and values go down to 0.1 of the range (there 0.7 and 0.9: with those almost
 nothing is left at 4 bits once their inputs are quantized), and that of probabilities to 0.02 (there 0.9, as if nothing
-of the large end was to be clipped: `softmax_low=0.9` is measured on the method's page). Half of all weight goes to errors alike, instead of all by gradients (docs/decisions/products.md).
+of the large end was to be clipped; `softmax_low=0.9` is measured on the method's page). Half of all weight goes to
+errors alike, instead of all by gradients (docs/decisions/products.md).
 """
 
 from __future__ import annotations
