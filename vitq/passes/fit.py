@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vitq.calibrate.capture import Watcher, watch_parallel, watch_prefix
+from vitq.calibrate.capture import IMAGES, Watcher, watch_parallel, watch_prefix
 from vitq.calibrate.search import Search
 from vitq.core.batches import Batches
 from vitq.core.errors import CompositionError, DataError
@@ -73,9 +73,10 @@ class Fit(Pass):
                 f"{len(rest)} activation sites need calibration images; give data= (or --calib), or quantize weights "
                 f"only with bits such as w4a16"
             )
-        images = None if len(data.sizes) == 1 else data.count
-        last = _Last()
-        FLOWS[self.flow](qmodel, rest, lambda site: self._watcher(qmodel, site, images, last), data, progress)
+        single, last = len(data.sizes) == 1, _Last()
+        at_once = single and (self.flow == "prefix" or data.count <= IMAGES)
+        images = None if at_once else data.count
+        FLOWS[self.flow](qmodel, rest, lambda site: self._watcher(qmodel, site, images, last, single), data, progress)
         missed = [site.id for site in rest if not qmodel.quantizers[site].fitted]
         if missed:
             raise DataError(
@@ -85,9 +86,9 @@ class Fit(Pass):
         for site in rest:
             qmodel.quantizers[site].state = "on"
 
-    def _watcher(self, qmodel: QuantModel, site: Site, images: int | None, last: _Last) -> Watcher:
+    def _watcher(self, qmodel: QuantModel, site: Site, images: int | None, last: _Last, single: bool) -> Watcher:
         search = self.weight_search if site.role == WEIGHT else self.search
-        return _Fitting(site, _quantizer(qmodel, site), search, images, last)
+        return _Fitting(site, _quantizer(qmodel, site), search, images, last, single)
 
 
 class _Last:
@@ -100,13 +101,15 @@ class _Last:
 class _Fitting:
     """Gathers the statistics of one site, then fits its quantizer and switches it on."""
 
-    def __init__(self, site: Site, quantizer: Quantizer, search: Search, images: int | None, last: _Last) -> None:
+    def __init__(
+        self, site: Site, quantizer: Quantizer, search: Search, images: int | None, last: _Last, single: bool
+    ) -> None:
         self.site = site
         self.quantizer = quantizer
         self.search = search
         self.sketch = search.sketch(quantizer, images)
         self.last = last
-        self.single = images is None
+        self.single = single
         self.same_as: _Fitting | None = None
         self.params: Params = {}
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from vitq.calibrate import observe
 from vitq.calibrate.observe import Sketch
 from vitq.calibrate.store import Store
 from vitq.core.batches import Batches
@@ -138,6 +139,23 @@ class InPlaceModel(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.blocks(self.stem(x)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("flow", ["prefix", "parallel"])
+@pytest.mark.parametrize("cut", [(40,), (20, 20)], ids=str)
+def test_percentiles_are_those_of_all_images_however_many_are_seen_at_a_time(
+    flow: str, cut: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(observe, "SAMPLE", 500)  # else a model so small is kept whole
+    monkeypatch.setattr(observe, "SAMPLE_PER_GROUP", 500)
+    images = seeded_images(40)
+    made = []
+    for exact in (False, True):
+        model = build_zoo("seeded_vit")
+        made.append(inserted(model, images))
+        fit = Fit("percentile", percentile=0.9995, flow=flow, exact=exact)
+        fit.run(made[-1], Batches.of(list(images.split(list(cut)))), Silent())
+    assert same_scales(*made) == []
 
 
 @pytest.mark.parametrize("flow", ["prefix", "parallel"])
