@@ -145,13 +145,8 @@ class _Parts:
 def _read_tensors(path: Path, config: schema.ArtifactConfig) -> dict[str, Tensor]:
     from safetensors import SafetensorError, safe_open
 
-    if not path.is_file():
-        raise ArtifactError(f"{path} is missing; the artifact is not whole")
+    schema.check_tensors(path, config)
     try:
-        if schema.sha256_of(path) != config.tensors_sha256:
-            raise ArtifactError(
-                f"{path} is damaged: its digest is not the one in {CONFIG}; save or copy the artifact again"
-            )
         with safe_open(path, framework="pt") as file:
             bound = (file.metadata() or {}).get(schema.BOUND)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping

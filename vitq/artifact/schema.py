@@ -229,6 +229,24 @@ def read(path: Path) -> ArtifactConfig:
     return ArtifactConfig(**data)
 
 
+def check_tensors(path: Path, config: ArtifactConfig) -> None:
+    """Whether the file of tensors is the one that was saved.
+
+    Raises:
+        ArtifactError: missing, unreadable, or changed.
+    """
+    if not path.is_file():
+        raise ArtifactError(f"{path} is missing; the artifact is not whole")
+    try:
+        digest = sha256_of(path)
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {error}") from error
+    if digest != config.tensors_sha256:
+        raise ArtifactError(
+            f"{path} is damaged: its digest is not the one in {CONFIG}; save or copy the artifact again"
+        )
+
+
 def sha256_of(path: Path) -> str:
     """Digest of a file, read in pieces."""
     digest = hashlib.sha256()

@@ -20,6 +20,7 @@ MODEL_HELP = "A timm name, hf:name-or-path, torchvision:name, zoo:name or file.p
 DATA_HELP = "Class folders, a folder with labels.csv, Parquet, a folder of images, or zoo:NAME."
 
 Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
+Target = Annotated[str, typer.Argument(metavar="DIR|MODEL", help=f"An artifact's folder. Or a model: {MODEL_HELP}")]
 Checkpoint = Annotated[
     Path | None, typer.Option(help="Weights to load: .safetensors, or a .pth that holds tensors only.")
 ]

@@ -29,21 +29,12 @@ from vitq.evaluate.fidelity import fidelity as measure_fidelity
 from vitq.evaluate.predictions import Predictions, read_predictions, write_predictions
 from vitq.pipeline import quantize, resolve
 
-Target = Annotated[str, typer.Argument(metavar="DIR|MODEL", help=f"An artifact's folder. Or a model: {a.MODEL_HELP}")]
-
-
-def is_artifact(target: str) -> bool:
-    """Whether a command-line word names an artifact's folder: any folder, and any other path that is no model's."""
-    if ":" in target and not Path(target).exists():
-        return False
-    return Path(target).exists() or "/" in target
-
 
 def open_target(
     target: str, checkpoint: Path | None, device: torch.device, trust_code: bool, say: Say
 ) -> tuple[nn.Module, nn.Module | None, Preprocess, int | None]:
     """The model, its float model where there is one, and its preprocessing and class count."""
-    if not is_artifact(target):
+    if not work.is_artifact(target):
         loaded = work.open_model(target, checkpoint, device, say)
         return loaded.model, None, work.need_preprocess(loaded.preprocess, target), loaded.num_classes
     qmodel = load(target, trust_code=trust_code).to(device)
@@ -83,7 +74,7 @@ def float_of(qmodel: QuantModel, checkpoint: Path | None, trust_code: bool, say:
 @a.app.command()
 @command
 def evaluate(
-    target: Target,
+    target: a.Target,
     data: Annotated[str, typer.Option(help=f"Labelled images. {a.DATA_HELP}")],
     checkpoint: a.Checkpoint = None,
     predictions: Annotated[Path | None, typer.Option(help="Write file,label,predicted to this CSV file.")] = None,
@@ -186,7 +177,7 @@ def compare(
 @a.app.command()
 @command
 def diagnose(
-    target: Target,
+    target: a.Target,
     data: Annotated[str, typer.Option(help=f"Images; labels are not needed. {a.DATA_HELP}")],
     by: Annotated[str, typer.Option(help="What to quantize one at a time: site, role or block.")] = "site",
     images: Annotated[int, typer.Option(min=1, help="How many images; each group costs one forward of them.")] = 16,
@@ -218,7 +209,7 @@ def diagnose(
     where = work.choose_device(device)
     chosen = open_images(data, labels="none").sample(images, seed)
     chosen.check()
-    if is_artifact(target):
+    if work.is_artifact(target):
         frozen = load(target, trust_code=trust_code)
         preprocess = work.need_preprocess(
             Preprocess.from_dict(frozen.preprocess) if frozen.preprocess else None, target

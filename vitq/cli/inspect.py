@@ -1,9 +1,11 @@
-"""vitq recipes and vitq inspect: what there is, and what a model is made of."""
+"""vitq recipes and vitq inspect: what there is, and what a model or an artifact is made of."""
 
 from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -11,9 +13,12 @@ import typer
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from vitq.artifact import schema
 from vitq.cli import app as a
+from vitq.cli import work
 from vitq.cli.console import Say, check_outputs, command, write_json
 from vitq.core.errors import InputError
+from vitq.core.format import Format
 from vitq.core.recipe import MODIFIERS, RECIPES
 from vitq.core.roles import OTHER_IN
 from vitq.core.site import Graph
@@ -46,23 +51,67 @@ def recipes(json: a.Json = None, quiet: a.Quiet = False) -> None:
 @a.app.command()
 @command
 def inspect(
-    model: a.Model,
+    target: a.Target,
     checkpoint: a.Checkpoint = None,
     image_size: Annotated[int | None, typer.Option(help="Height and width to trace with.")] = None,
     json: a.Json = None,
     quiet: a.Quiet = False,
 ) -> None:
-    """Print where a model can be quantized: every site with role, owner, axes, shape and share of the work.
+    """Print where a model can be quantized, or what an artifact is.
 
-    Weights are not needed. Ends with exit code 1 if a matrix product has neither a role nor a reason to stay
-    in float, or if quantizers that are switched off change the output.
+    Of a model: every site with role, owner, axes, shape and share of the work. Weights are not needed. Ends with exit
+    code 1 if a matrix product has neither a role nor a reason to stay in float, or if quantizers that are switched off
+    change the output. Of an artifact: formats by role, size, how it was made, what was measured, and whether its files
+    are whole; no model is built.
 
         vitq inspect swin_tiny_patch4_window7_224
 
         vitq inspect torchvision:vit_b_16 --json sites.json
+
+        vitq inspect out/
     """
     say = Say(quiet)
     check_outputs(json)
+    if work.is_artifact(target):
+        if checkpoint is not None or image_size is not None:
+            raise InputError("--checkpoint and --image-size are for models; an artifact says itself what it is")
+        write_json(json, inspect_artifact(Path(target), say))
+    else:
+        inspect_model(target, checkpoint, image_size, json, say)
+
+
+def inspect_artifact(folder: Path, say: Say) -> dict[str, Any]:
+    """Print what an artifact's own files say, and give it as plain data.
+
+    Raises:
+        ArtifactError: files that are missing, damaged or of a newer vitq.
+    """
+    config = schema.read(folder / schema.CONFIG)
+    schema.check_tensors(folder / schema.TENSORS, config)
+    recipe, bits, source = config.plan["recipe"], config.effective_bits, config.source or {}
+    count = Counter((config.graph[site].split()[0], str(Format.from_json(f))) for site, f in config.formats.items())
+    rows = [{"role": role, "format": name, "sites": sites} for (role, name), sites in sorted(count.items())]
+    size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+    named = source.get("name") or source.get("spec") or "a model without a name"
+    say.table(rows, title=f"{named}, {recipe['name']}, {config.plan['bits']}, {config.kind}")
+    say.result(
+        f"{bits['weight']:.2f} bits per weight, {bits['act']:.2f} per activation, {bits['model']:.2f} over the whole "
+        f"model; {size / 1e6:.2f} MB, the files are whole; written by vitq {config.vitq_version}"
+    )
+    plain = {key: value for key, value in config.provenance.items() if not isinstance(value, (list, dict))}
+    for title, told in (("made", plain), ("measured", config.metrics)):
+        if told:
+            say.table([{title: key, "": str(value)} for key, value in told.items()])
+    made = {"recipe": recipe["name"], "bits": config.plan["bits"], "kind": config.kind, "effective_bits": bits}
+    return {"artifact": str(folder), "source": source, "bytes": size, "roles": rows, **made} | {
+        "metrics": config.metrics,
+        "provenance": config.provenance,
+        "rewrites": [rewrite.name for rewrite in config.rewrites],
+    }
+
+
+def inspect_model(model: str, checkpoint: Path | None, image_size: int | None, json: Path | None, say: Say) -> None:
+    """Print a model's sites; see `inspect`."""
     loaded = load_model(model, checkpoint, pretrained=None if checkpoint else False)
     size = loaded.preprocess.input_size if loaded.preprocess else (3, 224, 224)
     shape = (1, size[0], image_size or size[1], image_size or size[2])

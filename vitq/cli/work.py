@@ -38,6 +38,13 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def is_artifact(target: str) -> bool:
+    """Whether a command-line word names an artifact's folder: any folder, and any other path that is no model's."""
+    if ":" in target and not Path(target).exists():
+        return False
+    return Path(target).exists() or "/" in target
+
+
 def open_model(spec: str, checkpoint: Path | None, device: torch.device, say: Say) -> LoadedModel:
     """Load a model by name onto a device."""
     say.note(f"loading {spec}" + (f" with {checkpoint}" if checkpoint else ""))

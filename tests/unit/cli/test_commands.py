@@ -94,6 +94,25 @@ def test_inspect_fails_where_switched_off_quantizers_change_the_output(run: Run,
     assert not answer.out
 
 
+def test_inspect_tells_what_an_artifact_is(run: Run, artifact: Path, tmp_path: Path) -> None:
+    answer, config = run("inspect", artifact, json_file=True), json.loads((artifact / "config.json").read_text())
+    assert answer.code == 0, answer.err
+    found = answer.json
+    assert (found["recipe"], found["bits"]) == (config["plan"]["recipe"]["name"], config["plan"]["bits"])
+    assert sum(row["sites"] for row in found["roles"]) == len(config["formats"])
+    assert found["bytes"] == sum(file.stat().st_size for file in artifact.iterdir())
+    assert found["effective_bits"] == config["effective_bits"]
+    assert all(text in answer.out for text in ("simulated", "SOFTMAX_OUT", "bits per weight", "calibration_images"))
+    broken = shutil.copytree(artifact, tmp_path / "broken")
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    assert "is damaged" in run("inspect", broken).error
+    weights.unlink()
+    assert "is missing" in run("inspect", broken).error
+    assert "are for models" in run("inspect", artifact, "--image-size", "32").error
+    assert "no config.json" in run("inspect", tmp_path).error
+
+
 def test_a_model_without_attention_works_and_says_so(run: Run, photos: Path, tmp_path: Path) -> None:
     (tmp_path / "mlp.py").write_text(MLP)
     spec = f"{tmp_path}/mlp.py:build"
