@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from vitq.calibrate.objective import Objective
+from vitq.calibrate.observe import prime_from
 from vitq.calibrate.products import Chunk, Product
 from vitq.quantizers.base import Params, Quantizer
 
 LARGEST = 2**21  # values of a tensor of candidates
+OWN = 2**14  # values of a group that stand for all when its own error is looked at first
 PART = 8  # one in so many rows is looked at first, and one in so many candidates then on all
 
 
@@ -57,19 +59,20 @@ class Judge:
         Args:
             alone: by the error of the operand itself, without the product. So it is wherever the errors of scale
                 groups mix in the product (channel scales of an input).
-            first: look at one in PART rows, where that is less work. Of a channel's own values there are as many as
-                rows, and all are looked at.
+            first: look at one in PART rows, where that is less work, or at about OWN of a group's own values.
         """
         quantizer = self.quantizers[side == "right"]
         assert quantizer is not None
         dims = None if alone else self.product.groups_of(side, quantizer)
         candidates, total, values = next(iter(params.values())).shape[0], None, 0
         for chunk in self.chunks:
-            few = first and not (dims is None and quantizer.layout.groups > 1)
-            some = chunk.every(PART) if few and not self._has_moments(side, chunk) else chunk
+            some = chunk.every(PART) if first and dims is not None and not self._has_moments(side, chunk) else chunk
             x = self.operand(side, some)
-            error = partial(self._error_alone, x) if dims is None else self._error_of(side, some, dims)
-            largest = max(x.numel(), some.left.numel(), some.made.numel())
+            if dims is None:
+                x = quantizer.layout.by_group(x)
+                x = x[:, :: prime_from(x.shape[1] // OWN)] if first and x.shape[1] >= 2 * OWN else x
+            error = partial(_error_alone, x, self.objective) if dims is None else self._error_of(side, some, dims)
+            largest = x.numel() if dims is None else max(x.numel(), some.left.numel(), some.made.numel())
             parts = []
             for at in torch.arange(candidates).split(max(1, LARGEST // largest)):
                 parts.append(error(quantizer, {name: value[at] for name, value in params.items()}))
@@ -87,11 +90,6 @@ class Judge:
             score = self._compared(made.mul_(factor).sub_(plain)[None], chunk, (), 1)
             total, values = total + float(score) * made.numel(), values + made.numel()
         return total / max(values, 1)
-
-    def _error_alone(self, x: Tensor, quantizer: Quantizer, params: Params) -> Tensor:
-        layout = quantizer.layout
-        error = layout.by_group(simulated(quantizer, params, x).sub_(x), lead=1)
-        return self.objective(error[:, :, None], layout.by_group(x)[:, None])
 
     def _has_moments(self, side: str, chunk: Chunk) -> bool:
         """Whether the error of a weight follows from second moments of the rows, which are fewer numbers than these."""
@@ -155,6 +153,13 @@ class Judge:
         if quantizer is None or quantizer.baked:
             return x
         return quantizer.layout.join(quantizer.simulate_with(quantizer.layout.split(x), quantizer.params()))
+
+
+def _error_alone(x: Tensor, objective: Objective, quantizer: Quantizer, params: Params) -> Tensor:
+    """(K, G) score of a group's own values (G, n)."""
+    wide = {name: value[..., None] for name, value in params.items()}
+    tried = quantizer.simulate_with(x.expand(len(next(iter(params.values()))), *x.shape), wide)
+    return objective(tried.sub_(x)[:, :, None], x[:, None])
 
 
 def simulated(quantizer: Quantizer, params: Params, x: Tensor) -> Tensor:

@@ -145,13 +145,13 @@ class Sketch:
         self._tail_size = min(self._tail_size, values)
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        body = x[:, :: _prime_from(max(2, int(1 / self._share)))].clone()
+        body = x[:, :: prime_from(max(2, int(1 / self._share)))].clone()
         size = min(self._tail_size, x.shape[1])
         if x.shape[0] > 1:
             top = x.topk(size, dim=1).values
             bottom = x[:, :0] if self.one_sided else x.topk(size, dim=1, largest=False).values
             return body, top, bottom
-        sample = body[0, :: _prime_from(max(2, body.shape[1] // GUESS))].sort().values
+        sample = body[0, :: prime_from(max(2, body.shape[1] // GUESS))].sort().values
         top = _largest(x[0], sample, size)[None]
         return body, top, x[:, :0] if self.one_sided else -_largest(-x[0], -sample.flip(0), size)[None]
 
@@ -205,7 +205,7 @@ def _largest(row: Tensor, sample: Tensor, size: int) -> Tensor:
     return row.topk(size).values
 
 
-def _prime_from(number: int) -> int:
+def prime_from(number: int) -> int:
     """The first prime from here on: a stride that shares no factor with channel counts."""
     while any(number % d == 0 for d in range(2, math.isqrt(number) + 1)):
         number += 1

@@ -94,9 +94,9 @@ class Layout:
         """Inverse of `split`."""
         return x.flatten(-2) if self.group else x
 
-    def by_group(self, x: Tensor, lead: int = 0) -> Tensor:
-        """x as (groups, values of the group), rows contiguous; behind so many leading dimensions, which stay."""
+    def by_group(self, x: Tensor) -> Tensor:
+        """x as (groups, values of the group), rows contiguous."""
         x = self.split(x)
         front = [d % x.ndim for d in self.keep]
-        rest = [d for d in range(lead, x.ndim) if d not in front]
-        return x.permute(*range(lead), *front, *rest).reshape(*x.shape[:lead], self.groups, -1)
+        rest = [d for d in range(x.ndim) if d not in front]
+        return x.permute(*front, *rest).reshape(self.groups, -1)
