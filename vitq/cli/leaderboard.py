@@ -140,6 +140,8 @@ def show(found: Sequence[Standing], asked: Asked, against: str, out: Path, say: 
     for bits in dict.fromkeys(row.bits for row in found):
         shown = [shown_row(row, asked.model, against) for row in found if row.bits == bits and row.top1 is not None]
         filled = [name for name in (shown[0] if shown else ()) if any(row[name] for row in shown)]
+        if not set(filled) & set(published_of(first, asked.model)):  # what recoveries are to be compared with
+            filled = [name for name in filled if name != "recovery"]
         if filled:
             say.table([{name: row[name] for name in filled} for row in shown], title=f"{asked.model} {bits}, simulated")
     data = f"{asked.evaluation}; calibrated on {asked.calib_size} of {asked.calib}"
@@ -157,14 +159,14 @@ def show(found: Sequence[Standing], asked: Asked, against: str, out: Path, say: 
 
 
 def shown_row(row: Standing, model: str, against: str) -> dict[str, str]:
-    """A row of the table. Recoveries are for comparing with what is published."""
-    top1, cost, published = row.top1, row.cost, published_of(row, model)
+    """A row of the table."""
+    top1, cost = row.top1, row.cost
     assert top1 is not None
     assert cost is not None
     return {
         "recipe": row.label,
         "top-1 % [95 %]": f"{top1.middle:.2f} [{top1.low:.1f}, {top1.high:.1f}]",
-        "recovery": f"{row.recovery:.3f}" if row.recovery is not None and any(published.values()) else "",
+        "recovery": "" if row.recovery is None else f"{row.recovery:.3f}",
         f"minus {against} [95 %]": signed(row.minus),
         "KL": "" if row.kl is None else f"{row.kl.middle:.3f}",
         "cost": f"{cost.middle:.1f}",
@@ -172,7 +174,7 @@ def shown_row(row: Standing, model: str, against: str) -> dict[str, str]:
         "MB": f"{(row.size or 0) / 1e6:.2f}",
         "bits w/a": f"{row.weight_bits:.2f}/{row.act_bits:.2f}",
         "extra MMACs": f"{row.extra_macs / 1e6:.1f}" if row.extra_macs else "",
-        **published,
+        **published_of(row, model),
     }
 
 
