@@ -160,6 +160,7 @@ def _shown(model: str, s: Standing, minus: str) -> dict[str, str]:
         "float": f"{s.top1_float:.2f}",
         "recovery": "" if s.recovery is None else f"{s.recovery:.3f}",
         f"minus {minus} [95 %]": _interval(s.minus, "+.2f"),
+        "KL": "" if s.kl is None else f"{s.kl.middle:.3f}",
         "cost": "" if s.cost is None else f"{s.cost.middle:.1f}",
         "cost in MACs": "" if s.macs is None else f"{s.macs:.2f}",
         "MB": "" if s.size is None else f"{s.size / 1e6:.2f}",
@@ -177,7 +178,8 @@ def _origin(rows: list[Row]) -> str:
     images = "; ".join(f"{n} images of {of}, calibrated on {m} of {calib}" for n, of, m, calib in where if n)
     seeds = ", ".join(sorted({row["seed"] for row in rows}))
     code = ", ".join(sorted({row["commit"] or row["version"] for row in rows}))
-    return f"Simulated. {images}; seeds {seeds}; commit {code}. Cost in float forwards of the calibration images."
+    units = "KL from the float model in nats; cost in float forwards of the calibration images"
+    return f"Simulated. {images}; seeds {seeds}; commit {code}. {units}."
 
 
 def _label(row: Row) -> str:
