@@ -65,14 +65,19 @@ class Judge:
         assert quantizer is not None
         dims = None if alone else self.product.groups_of(side, quantizer)
         candidates, total, values = next(iter(params.values())).shape[0], None, 0
+        error: Callable[[Quantizer, Params], Tensor]
         for chunk in self.chunks:
-            some = chunk.every(PART) if first and dims is not None and not self._has_moments(side, chunk) else chunk
-            x = self.operand(side, some)
             if dims is None:
-                x = quantizer.layout.by_group(x)
+                some, x = chunk, quantizer.layout.by_group(self.operand(side, chunk))
                 x = x[:, :: prime_from(x.shape[1] // OWN)] if first and x.shape[1] >= 2 * OWN else x
-            error = partial(_error_alone, x, self.objective) if dims is None else self._error_of(side, some, dims)
-            largest = x.numel() if dims is None else max(x.numel(), some.left.numel(), some.made.numel())
+                error, largest = partial(_error_alone, x, self.objective), x.numel()
+            elif self._has_moments(side, chunk):
+                some, error = chunk, self._error_by_moments(chunk, dims)
+                largest = self.operand(side, chunk).numel()
+            else:
+                some = chunk.every(PART) if first else chunk
+                error = self._error_of(side, some, dims)
+                largest = max(self.operand(side, some).numel(), some.left.numel(), some.made.numel())
             parts = []
             for at in torch.arange(candidates).split(max(1, LARGEST // largest)):
                 parts.append(error(quantizer, {name: value[at] for name, value in params.items()}))
@@ -110,18 +115,14 @@ class Judge:
         return error
 
     def _error_of(self, side: str, chunk: Chunk, dims: tuple[int, ...]) -> Callable[[Quantizer, Params], Tensor]:
-        if self._has_moments(side, chunk):
-            return self._error_by_moments(chunk, dims)
         x, (plain, factor) = self.operand(side, chunk), self._plain(chunk)
         other = self._quantized("left" if side == "right" else "right", chunk) * factor
 
         def error(quantizer: Quantizer, params: Params) -> Tensor:
             tried = simulated(quantizer, params, x)
             both = (tried, other) if side == "left" else (other, tried)
-            groups = quantizer.layout.groups
-            return _for_each(
-                self._compared(self.product.multiply(self.model, *both).sub_(plain), chunk, dims, groups), groups
-            )
+            made, groups = self.product.multiply(self.model, *both), quantizer.layout.groups
+            return _for_each(self._compared(made.sub_(plain), chunk, dims, groups), groups)
 
         return error
 
