@@ -35,7 +35,11 @@ RECIPE_FILES = TOP / "vitq" / "recipes"
 BITS = ("w8a8", "w6a6", "w4a4", "w3a3", "w4a16")
 SECONDS = 20.0  # "in seconds", with room for a busy machine
 
-FEW = {"steps": 32, "rounds": 1, "rows": 32}  # options of searches, for recipes that have them; golden files search all
+FEW = {
+    "steps": 32,
+    "rounds": 1,
+    "rows": 128,
+}  # options of searches, for recipes that have them; golden files search all
 
 Measure = Callable[[str, Tensor, Tensor], float]
 

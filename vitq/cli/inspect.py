@@ -51,7 +51,7 @@ def recipes(json: a.Json = None, quiet: a.Quiet = False) -> None:
 @a.app.command()
 @command
 def inspect(
-    target: a.Target,
+    model: a.Target,
     checkpoint: a.Checkpoint = None,
     image_size: Annotated[int | None, typer.Option(help="Height and width to trace with.")] = None,
     json: a.Json = None,
@@ -72,12 +72,12 @@ def inspect(
     """
     say = Say(quiet)
     check_outputs(json)
-    if work.is_artifact(target):
+    if work.is_artifact(model):
         if checkpoint is not None or image_size is not None:
             raise InputError("--checkpoint and --image-size are for models; an artifact says itself what it is")
-        write_json(json, inspect_artifact(Path(target), say))
+        write_json(json, inspect_artifact(Path(model), say))
     else:
-        inspect_model(target, checkpoint, image_size, json, say)
+        inspect_model(model, checkpoint, image_size, json, say)
 
 
 def inspect_artifact(folder: Path, say: Say) -> dict[str, Any]:

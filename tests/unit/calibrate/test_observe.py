@@ -147,6 +147,6 @@ def test_what_was_gathered_does_not_follow_later_changes_of_the_tensor() -> None
 
 @pytest.mark.parametrize("count", [10, 37, 1000])
 def test_a_prime_stride_shares_no_factor_with_the_channel_count(count: int) -> None:
-    prime = observe._prime_from(count)
+    prime = observe.prime_from(count)
     assert prime >= count
     assert all(prime % d for d in range(2, prime))
