@@ -35,11 +35,9 @@ RECIPE_FILES = TOP / "vitq" / "recipes"
 BITS = ("w8a8", "w6a6", "w4a4", "w3a3", "w4a16")
 SECONDS = 20.0  # "in seconds", with room for a busy machine
 
-FEW = {
-    "steps": 32,
-    "rounds": 1,
-    "rows": 128,
-}  # options of searches, for recipes that have them; golden files search all
+# Options of searches, for recipes that have them (golden files search all). A scale for each of 64 channels is fitted
+# to these rows: with 32 of them the search would fit the sample, and not pass the contract at 8 bits.
+FEW = {"steps": 32, "rounds": 1, "rows": 128}
 
 Measure = Callable[[str, Tensor, Tensor], float]
 
@@ -205,12 +203,16 @@ def test_a_recipe_matches_its_golden_file(name: str) -> None:
     assert path.exists(), f"no {path.name}; write it with `make golden`"
     expected, got = json.loads(path.read_text(encoding="utf-8")), writer.golden(name)
     assert list(got["sites"]) == list(expected["sites"])
-    assert got["sqnr_db"] == pytest.approx(expected["sqnr_db"], rel=1e-4)
+    may = expected["tolerance"]
+    assert got["sqnr_db"] == pytest.approx(expected["sqnr_db"], abs=may["sqnr_db"])
     for site, wanted in expected["sites"].items():
         assert sorted(got["sites"][site]) == sorted(wanted)
         for field, value in wanted.items():
             found = got["sites"][site][field]
-            assert found == (pytest.approx(value, rel=1e-4) if isinstance(value, list) else value), (site, field)
+            assert found == (pytest.approx(value, rel=may["params"]) if isinstance(value, list) else value), (
+                site,
+                field,
+            )
 
 
 def test_no_golden_file_is_left_of_a_recipe_that_is_gone() -> None:
