@@ -50,8 +50,8 @@ def run_backward(
 
     Args:
         probe: one of PROBES.
-        since: modules that gradients go back to and no further ("" is the model): what is before the first of them
-            costs no backward and keeps nothing.
+        since: modules that gradients go back to and no further ("" is the batch itself, whatever data.forward does with
+            it): what is before the first of them costs no backward and keeps nothing.
         watch: told before each forward (images seen, images in it, whether the gradients that come now are those of
             the probe).
         seed: of the random numbers, which belong to an image, not to a micro-batch.
@@ -67,7 +67,7 @@ def run_backward(
                 blocks = _Blocks(qmodel, draws, roots) if through_blocks else _NoBlocks()
                 watch(seen, images, lambda blocks=blocks: blocks.second)  # type: ignore[misc]
                 with torch.enable_grad(), blocks, _gradients_since(qmodel.model, since):
-                    found = _outputs(data.forward(qmodel.model, part))
+                    found = _floats(data.forward(qmodel.model, _begun(part) if "" in since else part))
                     outputs = [out for out in found if out.requires_grad]
                     starts = [_start(out.detach(), probe, draws) for out in outputs]
                     if outputs and not blocks.second:
@@ -147,7 +147,7 @@ def _start(out: Tensor, probe: str, draws: list[torch.Generator]) -> Tensor:
 def _perturbed(qmodel: QuantModel, data: Batches, seed: int) -> dict[str, Tensor]:
     """Block -> square root of the mean perturbation Hessian (tokens, channels) at its end."""
     few = next(split(next(iter(data)), PERTURBED_IMAGES))
-    wanted = [out.detach() for out in _outputs(data.forward(qmodel.model, few))]
+    wanted = [out.detach() for out in _floats(data.forward(qmodel.model, few))]
     found = {}
     for name in qmodel.graph.blocks:
         block = qmodel.model.get_submodule(name)
@@ -174,7 +174,7 @@ def _gradient_beside(
     handle = block.register_forward_hook(move)
     try:
         with torch.enable_grad(), _frozen(qmodel.model):
-            outputs = _outputs(data.forward(qmodel.model, few))
+            outputs = _floats(data.forward(qmodel.model, few))
             loss = sum((_divergence(out, to) for out, to in zip(outputs, wanted, strict=True)), torch.zeros(()))
     finally:
         handle.remove()
@@ -192,8 +192,14 @@ def _divergence(out: Tensor, to: Tensor) -> Tensor:
     return (to.softmax(1) * (to.log_softmax(1) - out.log_softmax(1))).sum()
 
 
-def _outputs(found: Any) -> list[Tensor]:
-    return [t for t in pytree.tree_leaves(found) if isinstance(t, Tensor) and t.is_floating_point()]
+def _floats(tree: Any) -> list[Tensor]:
+    return [t for t in pytree.tree_leaves(tree) if isinstance(t, Tensor) and t.is_floating_point()]
+
+
+def _begun(tree: Any) -> Any:
+    """The same, whose floats require gradients: copies that are no leaves, as the model may change them in place."""
+    begun = {id(t): t.detach().requires_grad_().clone() for t in _floats(tree)}
+    return pytree.tree_map(lambda t: begun.get(id(t), t), tree)
 
 
 @contextmanager
@@ -201,14 +207,10 @@ def _gradients_since(model: nn.Module, names: Collection[str]) -> Iterator[None]
     """The inputs of these modules require gradients, unless they come from one of them."""
 
     def begin(module: nn.Module, args: Any, kwargs: Any) -> Any:
-        every = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_floating_point()]
-        if any(t.requires_grad for t in every):
-            return None
-        # Copies that are no leaves: the model may change them in place.
-        begun = {id(t): t.detach().requires_grad_().clone() for t in every}
-        return pytree.tree_map(lambda t: begun.get(id(t), t), (args, kwargs))
+        given = (args, kwargs)
+        return None if any(t.requires_grad for t in _floats(given)) else _begun(given)
 
-    handles = [model.get_submodule(name).register_forward_pre_hook(begin, with_kwargs=True) for name in names]
+    handles = [model.get_submodule(name).register_forward_pre_hook(begin, with_kwargs=True) for name in names if name]
     try:
         yield
     finally:

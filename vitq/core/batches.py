@@ -64,10 +64,10 @@ class Batches:
     def of(cls, data: Any, forward: ForwardFn = default_forward) -> Batches:
         """Wrap a tensor, a pytree of tensors with one leading size, or an iterable of batches.
 
-        Tensors are cut into micro-batches of 32. An iterable's batches are taken as they come. Those of a generator
-        are kept, so that it can be gone through again; a data loader, or whatever else gives a fresh iterator every
-        time, is read again and again, so that memory stays flat; one that shuffles gives up that the same seed means
-        the same bits.
+        Tensors are cut into micro-batches of 32, where all of them agree in the first dimension. An iterable's batches
+        are taken as they come. Those of a generator are kept, so that it can be gone through again; a data loader, or
+        whatever else gives a fresh iterator every time, is read again and again, so that memory stays flat; one that
+        shuffles gives up that the same seed means the same bits.
 
         Raises:
             DataError: no data, or NaN or Inf in it.
@@ -76,7 +76,8 @@ class Batches:
             return data
         if isinstance(data, (Tensor, dict)) or (isinstance(data, tuple) and all(isinstance(t, Tensor) for t in data)):
             _check(data, "calibration data")
-            return cls(lambda: split(data, MICRO_BATCH), sizes_of(leading_size(data)), forward)
+            count = leading_size(data)
+            return cls(lambda: split(data, MICRO_BATCH), sizes_of(count) if _agree(data) else [count], forward)
         if not isinstance(data, Iterable):
             raise DataError(f"calibration data of type {type(data).__name__}; give a tensor or batches of tensors")
         kept = list(data) if isinstance(data, Iterator) else data
@@ -101,10 +102,18 @@ def leading_size(batch: Any) -> int:
 
 
 def split(batch: Any, size: int) -> Iterator[Any]:
-    """Cut a pytree of tensors along their first dimension."""
+    """Cut a pytree of tensors along their first dimension; one whose tensors do not agree in that stays whole."""
+    if not _agree(batch):
+        yield batch
+        return
     for start in range(0, leading_size(batch), size):
         part = slice(start, start + size)
         yield pytree.tree_map(lambda t, part=part: t[part] if isinstance(t, Tensor) else t, batch)
+
+
+def _agree(batch: Any) -> bool:
+    """Whether the first dimension of every tensor is the batch: a mask or a number may be for all of its examples."""
+    return all(t.ndim and t.shape[0] == leading_size(batch) for t in pytree.tree_leaves(batch) if isinstance(t, Tensor))
 
 
 def first_of(batch: Any) -> Any:

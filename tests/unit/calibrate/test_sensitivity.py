@@ -298,4 +298,18 @@ def test_gradients_go_back_to_where_they_are_asked_for_and_are_the_same(probe: s
     model.blocks[0].register_forward_hook(lambda m, args, out: entered.append(out.requires_grad))
     since = gradients(model, data, probe, "blocks.1.up", since=("blocks.1", "head"))
     assert torch.equal(whole, since)
+    assert entered
     assert not any(entered)
+
+
+def test_gradients_start_at_the_batch_whatever_the_forward_calls() -> None:
+    class Other(Small):
+        def features(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    model, x = Other(), torch.randn(4, 2, 3)
+    other = Batches.of(x, lambda model, batch: model.features(batch))
+    assert torch.equal(
+        gradients(model, other, "hessian", "blocks.0.up"), gradients(model, Batches.of(x), "hessian", "blocks.0.up")
+    )
