@@ -2,7 +2,8 @@
 
 Two flows, streamed in the micro-batches that the data come in:
 
-- *parallel*: every site sees what the float model gives it; one go over the data serves all sites.
+- *parallel*: every site sees what the float model gives it; one go over the data, a few images at a time, serves all
+  sites.
 - *prefix*: every site sees what quantized predecessors give it. With one micro-batch a single forward does:
   each site is finished when it is reached. With more, the work goes block by block: a site is finished when
   all micro-batches have reached it, and block inputs are kept between (calibrate/store.py), so memory does

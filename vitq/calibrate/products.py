@@ -188,6 +188,11 @@ class Samples:
         tensors = (t for c in self.chunks for t in (c.left, c.right, c.made, c.weight) if t is not None)
         return sum(t.numel() * t.element_size() for t in tensors)
 
+    def clear(self) -> None:
+        """Forget everything."""
+        self.chunks, self.ranges, self.unusable = [], {}, False
+        self._left = self._right = None
+
     def merge(self) -> None:
         """Make one chunk of those of the same shape."""
         by_shape: dict[tuple[torch.Size, ...], list[Chunk]] = {}

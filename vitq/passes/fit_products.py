@@ -11,34 +11,28 @@ scale group by itself, can still fall for the whole result).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
 from functools import partial
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor
 
-from vitq.calibrate.blocks import Stop
-from vitq.calibrate.capture import IMAGES, switched_off
-from vitq.calibrate.heap import give_back
+from vitq.calibrate.gather import gathered
 from vitq.calibrate.judge import Judge
-from vitq.calibrate.linears import watchable
 from vitq.calibrate.objective import OBJECTIVES
 from vitq.calibrate.products import Product, Samples, products
 from vitq.calibrate.progressive import finalists
-from vitq.calibrate.sensitivity import run_backward
-from vitq.core.batches import Batches, leading_size, split
+from vitq.core.batches import Batches
 from vitq.core.errors import CompositionError, DataError
 from vitq.core.progress import Progress
 from vitq.core.qmodel import QuantModel
 from vitq.core.recipe import ACT_SCALES, PASSES, WEIGHT_SCALES, Pass
 from vitq.core.roles import SOFTMAX_OUT
-from vitq.core.site import Site
 from vitq.quantizers.base import Params, Quantizer
 
 Operands = tuple[Quantizer | None, Quantizer | None]
-SAMPLED = 5 * 2**24  # bytes of samples; where all products have more, the images are gone through several times
+EVERYTHING = 2**62  # more rows than there are
 SCANNED = 8  # of what a format has to choose besides a range, with every range
 
 
@@ -127,47 +121,11 @@ class FitProducts(Pass):
             "error_of_before": round(mean, 4),
         }
 
-    def sampled(
-        self, qmodel: QuantModel, waiting: list[Product], data: Batches, progress: Progress
-    ) -> Iterator[Samples]:
-        """Samples of every product in order, of so many at a time as memory is to hold."""
-        while waiting:
-            found = self._sample(qmodel, waiting, data, progress)
-            waiting = waiting[len(found) :]
-            while found:
-                samples = found.pop(0)
-                samples.merge()
-                yield samples
-
-    def _sample(self, qmodel: QuantModel, waiting: list[Product], data: Batches, progress: Progress) -> list[Samples]:
-        everything = 2**62
-        limits = (self.rows or everything, self.entries or everything, self.per_entry or everything)
-        sampled = [Samples(p, _quantizers(qmodel, p), *limits, data.count) for p in waiting]
-        sites = list({site.id: site for p in waiting for site in (p.left, p.right)}.values())
-        with watchable(qmodel, sites), switched_off(qmodel, sites):
-
-            def watch(seen: int, images: int, live: Callable[[], bool] | None = None) -> None:
-                del sampled[_fitting(sampled, seen / data.count) :]
-                _show_to(qmodel, sites, sampled, seen, images, live)
-                if live is None and len(sampled) < len(waiting):  # the rest of the model is for another time
-                    _stop_behind(qmodel.quantizers[sampled[-1].product.left])
-                give_back()
-
-            with progress.task("observing products", len(data.sizes)) as task:
-                if self.objective.probe is None:
-                    seen = 0
-                    for batch in data:
-                        for part in split(batch, IMAGES):
-                            watch(seen, images := leading_size(part))
-                            with suppress(Stop):
-                                data.forward(qmodel.model, part)
-                            seen += images
-                        task.advance()
-                else:
-                    since = {p.left.block or p.module for p in waiting}
-                    run_backward(qmodel, data, self.objective.probe, self.seed, watch, task, since)
-        give_back()
-        return sampled
+    def sampled(self, qmodel: QuantModel, found: list[Product], data: Batches, progress: Progress) -> Iterator[Samples]:
+        """Samples of every product in order (calibrate/gather.py)."""
+        limits = (self.rows or EVERYTHING, self.entries or EVERYTHING, self.per_entry or EVERYTHING)
+        every = [Samples(p, _quantizers(qmodel, p), *limits, data.count) for p in found]
+        return gathered(qmodel, every, data, self.objective.probe, self.seed, progress)
 
     def _fit(self, judge: Judge, samples: Samples) -> float:
         """Alternate until nothing changes; the share of the error that is left."""
@@ -277,56 +235,3 @@ def _quantizer(qmodel: QuantModel, site: str) -> Quantizer | None:
         return None
     found = qmodel.quantizers[site]
     return found if isinstance(found, Quantizer) else None
-
-
-def _fitting(sampled: list[Samples], share: float) -> int:
-    """How many of the first products to go on with, now that this share of all images was seen: one at least."""
-    total = 0.0
-    for number, samples in enumerate(sampled):
-        total += samples.nbytes / share if share else 0.0
-        if number and total > SAMPLED:
-            return number
-    return len(sampled)
-
-
-def _show_to(
-    qmodel: QuantModel,
-    sites: list[Site],
-    sampled: list[Samples],
-    seen: int,
-    images: int,
-    live: Callable[[], bool] | None,
-) -> None:
-    """In the next forward show sites' operands and results to the samples of their products, and to no others."""
-    looks: dict[str, list[Callable[[Tensor], None]]] = {}
-    for site in sites:
-        qmodel.quantizers[site].observer = qmodel.quantizers[site].product_observer = None
-    for samples in sampled:
-        product = samples.product
-        qmodel.quantizers[product.left].observer = partial(_show, samples.see_left)
-        if product.right.param is None:
-            qmodel.quantizers[product.right].observer = partial(_show, samples.see_right)
-        look = partial(samples.see_made, seen=seen, images=images, live=live)
-        looks.setdefault(product.left.id, []).append(look)
-    for name, each in looks.items():
-        qmodel.quantizers[name].product_observer = partial(_show_all, each)
-
-
-def _stop_behind(port: Any) -> None:
-    """End the forward when this product was seen."""
-    shown = port.product_observer
-
-    def look(made: Tensor) -> None:
-        shown(made)
-        raise Stop
-
-    port.product_observer = look
-
-
-def _show(look: Callable[[Tensor], None], quantizer: object, x: Tensor) -> None:
-    look(x)
-
-
-def _show_all(looks: list[Callable[[Tensor], None]], x: Tensor) -> None:
-    for look in looks:
-        look(x)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vitq
+from vitq.calibrate import gather
 from vitq.calibrate.judge import Judge
 from vitq.calibrate.objective import OBJECTIVES
 from vitq.calibrate.products import products
@@ -22,7 +23,6 @@ from vitq.core.progress import Silent
 from vitq.core.qmodel import QuantModel
 from vitq.core.recipe import PassSpec, Recipe, Rule
 from vitq.data.zoo import build_zoo, seeded_images
-from vitq.passes import fit_products
 from vitq.passes.fit import Fit
 from vitq.passes.fit_products import FitProducts
 from vitq.quantizers.base import Quantizer
@@ -408,15 +408,15 @@ def test_how_many_products_memory_holds_at_a_time_does_not_show(
     images, recipe = seeded_images(16), plain(objective=objective)
     whole = vitq.quantize(build_zoo(model), recipe, "w4a4", images)
     goes: list[int] = []
-    sample = FitProducts._sample
+    run = gather._Go.run
 
-    def counted(self: FitProducts, *args: Any) -> Any:
-        found = sample(self, *args)
+    def counted(self: Any, *args: Any) -> Any:
+        found = run(self, *args)
         goes.append(len(found))
         return found
 
-    monkeypatch.setattr(FitProducts, "_sample", counted)
-    monkeypatch.setattr(fit_products, "SAMPLED", 2**16)
+    monkeypatch.setattr(gather._Go, "run", counted)
+    monkeypatch.setattr(gather, "SAMPLED", 2**16)
     cut = vitq.quantize(build_zoo(model), recipe, "w4a4", images)
     assert len(goes) > 2
     assert sum(goes) == len(products(whole))
