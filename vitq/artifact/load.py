@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from vitq.artifact import schema
 from vitq.artifact.schema import CONFIG, TENSORS
 from vitq.core.batches import ForwardFn, default_forward, example_from
-from vitq.core.errors import ArtifactError, MissingExtraError
+from vitq.core.errors import ArtifactError
 from vitq.core.format import Format
 from vitq.core.plan import Plan
 from vitq.core.qmodel import QuantModel
@@ -25,7 +25,6 @@ from vitq.quantizers.base import Quantizer
 from vitq.quantizers.common import AnyQuantizer
 from vitq.quantizers.packing import unpack
 
-REASON = 500  # characters of another library's message that are told
 SAME_CODES = 0.01  # of a weight's codes may differ between machines, when a float model is quantized again
 SAME_WEIGHTS = 0.5  # of a weight's variance may be lost where a pass chose other codes than the nearest
 
@@ -59,17 +58,12 @@ def load(
     target = float_model if float_model is not None else model
     if target is None and config.source is None:
         raise ArtifactError(f"{path} does not name its model; give the architecture as model=")
-    try:
+    with schema.told_as_damage(path, "is damaged, or not of this model"):
         tensors = _read_tensors(path / TENSORS, config)
         if target is None:
             target = build_model(config.source or {}, trust_code=trust_code)
         names = schema.Renaming(dict(rename or {}))
         return _assemble(config, tensors, target.eval(), forward_fn, names, float_model is not None)
-    except (ArtifactError, MissingExtraError):
-        raise
-    except Exception as error:  # every damage that digests do not show ends up here, in whatever code met it
-        reason = " ".join(str(error).split())[:REASON]
-        raise ArtifactError(f"{path} is damaged, or not of this model: {type(error).__name__}: {reason}") from error
 
 
 def _assemble(

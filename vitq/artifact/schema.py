@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vitq.core.errors import ArtifactError
+from vitq.core.errors import ArtifactError, MissingExtraError
 from vitq.core.qmodel import QuantModel
 from vitq.core.version import __version__
 
@@ -24,6 +25,7 @@ CONFIG = "config.json"
 CARD = "README.md"
 SCHEMA_VERSION = 1
 FORMAT = "vitq"
+REASON = 500  # characters of another library's message that are told
 BOUND = "vitq_config"  # the key of the digest in the tensors' metadata
 BINDING = ("schema_version", "plan", "formats", "graph", "rewrites", "packed", "example", "source", "preprocess")
 
@@ -227,6 +229,18 @@ def read(path: Path) -> ArtifactConfig:
     except (TypeError, AttributeError) as error:
         raise ArtifactError(f"{path}: {error}; the artifact is damaged") from error
     return ArtifactConfig(**data)
+
+
+@contextmanager
+def told_as_damage(path: Path, why: str = "is damaged") -> Iterator[None]:
+    """Every damage that digests do not show is one ArtifactError, in whatever code it is met."""
+    try:
+        yield
+    except (ArtifactError, MissingExtraError):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:REASON]
+        raise ArtifactError(f"{path} {why}: {type(error).__name__}: {reason}") from error
 
 
 def check_tensors(path: Path, config: ArtifactConfig) -> None:

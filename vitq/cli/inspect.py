@@ -88,17 +88,20 @@ def inspect_artifact(folder: Path, say: Say) -> dict[str, Any]:
     """
     config = schema.read(folder / schema.CONFIG)
     schema.check_tensors(folder / schema.TENSORS, config)
-    recipe, bits, source = config.plan["recipe"], config.effective_bits, config.source or {}
-    count = Counter((config.graph[site].split()[0], str(Format.from_json(f))) for site, f in config.formats.items())
-    rows = [{"role": role, "format": name, "sites": sites} for (role, name), sites in sorted(count.items())]
-    size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
-    named = source.get("name") or source.get("spec") or "a model without a name"
-    say.table(rows, title=f"{named}, {recipe['name']}, {config.plan['bits']}, {config.kind}")
-    say.result(
-        f"{bits['weight']:.2f} bits per weight, {bits['act']:.2f} per activation, {bits['model']:.2f} over the whole "
-        f"model; {size / 1e6:.2f} MB, the files are whole; written by vitq {config.vitq_version}"
-    )
-    plain = {key: value for key, value in config.provenance.items() if not isinstance(value, (list, dict))}
+    with schema.told_as_damage(folder):
+        recipe, bits, source = config.plan["recipe"], config.effective_bits, config.source or {}
+        count = Counter((config.graph[site].split()[0], str(Format.from_json(f))) for site, f in config.formats.items())
+        rows = [{"role": role, "format": name, "sites": sites} for (role, name), sites in sorted(count.items())]
+        size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+        named = source.get("name") or source.get("spec") or "a model without a name"
+        title = f"{named}, {recipe['name']}, {config.plan['bits']}, {config.kind}"
+        summary = (
+            f"{bits['weight']:.2f} bits per weight, {bits['act']:.2f} per activation, {bits['model']:.2f} over the "
+            f"whole model; {size / 1e6:.2f} MB, the files are whole; written by vitq {config.vitq_version}"
+        )
+        plain = {key: value for key, value in config.provenance.items() if not isinstance(value, (list, dict))}
+    say.table(rows, title=title)
+    say.result(summary)
     for title, told in (("made", plain), ("measured", config.metrics)):
         if told:
             say.table([{title: key, "": str(value)} for key, value in told.items()])

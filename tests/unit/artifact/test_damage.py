@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 import vitq
 from vitq.artifact import schema
+from vitq.cli.console import Say
+from vitq.cli.inspect import inspect_artifact
 from vitq.core.errors import ArtifactError
 
 from .conftest import (
@@ -334,6 +337,8 @@ def test_random_damage_gives_one_error_or_the_identical_model(
         folder = tmp_path / str(number)
         shutil.copytree(saved, folder)
         damage(folder, random.Random(number))
+        with suppress(ArtifactError):
+            inspect_artifact(folder, Say())
         try:
             again = vitq.load(folder, model=tiny())
         except ArtifactError:
