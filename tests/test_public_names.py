@@ -17,6 +17,7 @@ PUBLIC = [
     "QuantModel",
     "Recipe",
     "Rule",
+    "Training",
     "VitqError",
     "__version__",
     "load",

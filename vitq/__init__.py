@@ -16,5 +16,6 @@ from vitq.core.recipe import Recipe as Recipe
 from vitq.core.recipe import Rule as Rule
 from vitq.core.recipe import modifier as modifier
 from vitq.core.recipe import recipe as recipe
+from vitq.core.training import Training as Training
 from vitq.core.version import __version__ as __version__
 from vitq.pipeline import quantize as quantize

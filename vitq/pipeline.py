@@ -12,13 +12,14 @@ from torch import nn
 
 from vitq.calibrate.heap import give_back
 from vitq.core.batches import Batches, ForwardFn, default_forward, describe_example, first_of, moved
-from vitq.core.errors import DataError, InputError
+from vitq.core.errors import CompositionError, DataError, InputError
 from vitq.core.format import Bits, Format, Scalar
 from vitq.core.plan import Override, Plan, parse_overrides
 from vitq.core.progress import Progress, Silent
 from vitq.core.qmodel import QuantModel
 from vitq.core.recipe import Recipe, RecipeFn, resolve_recipe
 from vitq.core.site import Graph
+from vitq.core.training import Training, TrainingPass
 from vitq.graph.insert import attach
 from vitq.graph.trace import trace
 from vitq.quantizers.registry import quantizer_at
@@ -38,6 +39,7 @@ def quantize(
     forward_fn: ForwardFn = default_forward,
     seed: int = 0,
     freeze: bool = True,
+    training: Training | None = None,
     progress: Progress | None = None,
 ) -> QuantModel:
     """Quantize a vision transformer by a recipe. The model given is not changed.
@@ -55,6 +57,7 @@ def quantize(
         forward_fn: (model, batch) -> output, for models that are not called as model(batch).
         seed: for whatever draws random numbers.
         freeze: fix the scales and put decoded weights into the model.
+        training: on what, and how long, a recipe that trains does; one epoch on the calibration images unless given.
         progress: where to show it.
 
     Returns:
@@ -78,7 +81,7 @@ def quantize(
     qmodel.example = describe_example(example)
     with torch.random.fork_rng():  # the caller's random numbers are not touched
         torch.manual_seed(seed)
-        run_passes(qmodel, batches, progress or Silent())  # 3. how
+        run_passes(qmodel, batches, progress or Silent(), training)  # 3. how
     return qmodel.freeze() if freeze else qmodel  # 4. codes and scales
 
 
@@ -130,9 +133,18 @@ def insert(model: nn.Module, graph: Graph, plan: Plan, formats: Mapping[str, For
     return qmodel
 
 
-def run_passes(qmodel: QuantModel, data: Batches | None, progress: Progress) -> None:
-    """Ask the plan's passes whether they can work, then run them in order, and note how long each took."""
+def run_passes(qmodel: QuantModel, data: Batches | None, progress: Progress, training: Training | None = None) -> None:
+    """Ask the plan's passes whether they can work, then run them in order, and note how long each took.
+
+    Raises:
+        CompositionError: there is training to do, and no pass that trains.
+    """
     steps = [(spec, spec.build()) for spec in qmodel.plan.passes]
+    trained = [step for _, step in steps if isinstance(step, TrainingPass)]
+    if training is not None and not trained:
+        raise CompositionError(f"recipe {qmodel.plan.recipe.name!r} trains nothing; use quantize without training=")
+    for number, one in enumerate(trained):
+        one.training = training and training.stage(number)
     for _, step in steps:
         step.check(qmodel, data)
     seconds = []

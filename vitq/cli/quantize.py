@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
+from torch import nn
 
 from vitq.artifact import check_destination, save
 from vitq.cli import app as a
 from vitq.cli import work
 from vitq.cli.console import Say, check_outputs, command, peak_rss_mb, write_json
 from vitq.cli.recipes import parse_options, recipe_of
+from vitq.core.batches import Batches
 from vitq.core.qmodel import QuantModel
+from vitq.data.images import ImageSet
+from vitq.data.preprocess import Preprocess
 from vitq.evaluate.classify import PairResult, evaluate_pair
 from vitq.evaluate.cost import float_forward_seconds
 from vitq.pipeline import quantize, resolve
@@ -79,7 +85,68 @@ def quantize_command(
 
     start = time.perf_counter()
     qmodel = quantize(loaded.model, found, data=data, progress=say, **asked)  # type: ignore[arg-type]
-    seconds = time.perf_counter() - start
+    result = about(qmodel, loaded.model, data, time.perf_counter() - start) | {"model": model, "device": str(where)}
+    qmodel.source, qmodel.preprocess = loaded.source, preprocess.to_dict()
+    qmodel.provenance = work.provenance(images, calib, seed)
+    finish = Finish(out, force, eval_data, batch_size, skip_bad)
+    result = finish.save_and_score(qmodel, loaded.model, result, scored, preprocess, where, say)
+    report(result, out, say)
+    write_json(json, result)
+
+
+def about(qmodel: QuantModel, float_model: nn.Module, data: Batches, seconds: float) -> dict[str, Any]:
+    """What a result says before anything was evaluated."""
+    return {
+        "recipe": qmodel.plan.recipe.name,
+        "bits": qmodel.plan.bits,
+        "kind": "simulated",
+        "calibration_images": data.count,
+        "seed": qmodel.plan.seed,
+        "seconds": round(seconds, 3),
+        "float_forward_seconds": round(float_forward_seconds(float_model, data), 4),
+        "peak_rss_mb": peak_rss_mb(),
+    }
+
+
+@dataclass(frozen=True)
+class Finish:
+    """What is done with a quantized model: where it goes, and on what it is evaluated."""
+
+    out: Path
+    force: bool
+    eval_data: str | None
+    batch_size: int
+    skip_bad: bool
+
+    def save_and_score(
+        self,
+        qmodel: QuantModel,
+        float_model: nn.Module,
+        result: dict[str, Any],
+        scored: tuple[ImageSet, list[str]] | None,
+        preprocess: Preprocess,
+        where: torch.device,
+        say: Say,
+    ) -> dict[str, Any]:
+        """Saved before it is evaluated, so that an interrupted evaluation loses nothing, and again after."""
+        note_gaps(qmodel, say)
+        result |= save(qmodel, self.out, force=self.force, metrics=result)
+        if scored is not None:
+            say.note(f"saved in {self.out}")
+            evaluation, left_out = scored
+            batches = evaluation.batches(preprocess, self.batch_size, skip_bad=self.skip_bad)
+            pair = evaluate(float_model, qmodel, batches, len(evaluation), where, say)
+            work.say_skipped(evaluation, str(self.eval_data), say)
+            result |= pair.to_json() | {"evaluation": Path(str(self.eval_data)).name, "left_out": len(left_out)}
+            result |= save(qmodel, self.out, force=True, metrics=result)
+        result.setdefault("images", 0)
+        for key in ("top1_float", "top1", "recovery"):
+            result.setdefault(key, None)
+        return result
+
+
+def note_gaps(qmodel: QuantModel, say: Say) -> None:
+    """Say what the model lacks that the recipe would have used."""
     if not qmodel.graph.has_attention:
         say.note("no attention was found: the model is quantized all the same, as linears and convolutions")
     if unfolded := qmodel.log.get("no_norm_to_fold_into"):
@@ -87,36 +154,6 @@ def quantize_command(
             f"{len(unfolded)} sites have one scale each instead of one per channel, for example {unfolded[0]}: no "
             f"LayerNorm with weight and bias is there to take the channel scales up"
         )
-    peak = peak_rss_mb()
-    qmodel.source, qmodel.preprocess = loaded.source, preprocess.to_dict()
-    qmodel.provenance = work.provenance(images, calib, seed)
-    result: dict[str, Any] = {
-        "model": model,
-        "recipe": plan.recipe.name,
-        "bits": plan.bits,
-        "kind": "simulated",
-        "calibration_images": data.count,
-        "seed": seed,
-        "device": str(where),
-        "seconds": round(seconds, 3),
-        "float_forward_seconds": round(float_forward_seconds(loaded.model, data), 4),
-        "peak_rss_mb": peak,
-    }
-    # Saved before it is evaluated: an interrupted evaluation loses nothing.
-    result |= save(qmodel, out, force=force, metrics=result)
-    if scored is not None:
-        say.note(f"saved in {out}")
-        evaluation, left_out = scored
-        pair = evaluate(loaded.model, qmodel, evaluation.batches(preprocess, batch_size, skip_bad=skip_bad),
-                        len(evaluation), where, say)  # fmt: skip
-        work.say_skipped(evaluation, str(eval_data), say)
-        result |= pair.to_json() | {"evaluation": Path(str(eval_data)).name, "left_out": len(left_out)}
-        result |= save(qmodel, out, force=True, metrics=result)
-    result.setdefault("images", 0)
-    for key in ("top1_float", "top1", "recovery"):
-        result.setdefault(key, None)
-    report(result, out, say)
-    write_json(json, result)
 
 
 def evaluate(float_model: Any, qmodel: QuantModel, batches: Any, count: int, device: Any, say: Say) -> PairResult:

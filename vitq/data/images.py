@@ -161,6 +161,15 @@ class ImageSet:
         """All images at once, (N, C, H, W) float32. Raises as batches does."""
         return next(self.batches(preprocess, max(1, len(self)), skip_bad=skip_bad)).images
 
+    def image(self, position: int, transform: Callable[[Any], Tensor] | None) -> Tensor:
+        """One image, transformed; one that is a tensor is taken as it is.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        thunk = next(self._store.thunks([self._indices[position]]))
+        return _load(thunk, self.ids[position], transform, self.where)
+
     def _decoded(self, preprocess: Preprocess | None, skip_bad: bool) -> Iterator[tuple[int, Tensor]]:
         """(position, image) in order, decoded by threads that run at most LOOK_AHEAD images ahead."""
         transform = None if preprocess is None else preprocess.transform()

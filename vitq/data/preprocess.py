@@ -23,6 +23,11 @@ INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 CROP_MODES = ("center", "squash", "border", "center_floor")
 PIL_RESAMPLING = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # by PIL's number
 HALF = (0.5, 0.5, 0.5)
+# Keywords of timm's create_transform: crops of 8 to 100 % of the area and flips; what DeiT was trained with besides.
+AUGMENTATIONS: dict[str, dict[str, Any]] = {
+    "crop": {"color_jitter": None},
+    "deit": {"color_jitter": 0.3, "auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": 0.25, "re_mode": "pixel"},
+}
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,24 @@ class Preprocess:
             raise InputError(f"preprocessing needs exactly the fields {sorted(known)}, got {given}.")
         plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         return cls(**plain)
+
+    def augmented(self, how: str) -> Callable[[Image], Tensor]:
+        """A function from a PIL image to a float32 tensor (C, H, W) that draws from Python's and torch's generators.
+
+        Args:
+            how: a key of AUGMENTATIONS.
+        """
+        from timm.data.transforms_factory import create_transform
+
+        pipeline: Callable[[Image], Tensor] = create_transform(
+            self.input_size,
+            is_training=True,
+            interpolation=self.interpolation,
+            mean=self.mean,
+            std=self.std,
+            **AUGMENTATIONS[how],
+        )
+        return pipeline
 
     def transform(self) -> Callable[[Image], Tensor]:
         """A function from a PIL image, RGB or converted to it, to a float32 tensor (C, H, W)."""

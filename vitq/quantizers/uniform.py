@@ -13,7 +13,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from vitq.core.rounding import round_ste
+from vitq.core.rounding import on_grid, round_ste
 from vitq.quantizers.base import Params, Quantizer
 from vitq.quantizers.layout import Layout
 from vitq.quantizers.registry import QUANTIZERS
@@ -111,18 +111,7 @@ class UniformQuantizer(Quantizer):
         if self.fractional_zero_point:
             return self.decode_with(self.encode_with(x, params), params)
         scale, zero_point = params["scale"], params["zero_point"]
-        low, high = -zero_point, 2**self.bits - 1 - zero_point
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return torch.clamp(round_ste(x / scale), low, high) * scale
-        # Without gradients the same arithmetic runs in place: one new tensor instead of four.
-        y = torch.div(x, scale).round_()
-        if zero_point.is_cuda:  # one kernel, and no number to wait for
-            y.clamp_(low, high)
-        elif zero_point.numel() == 1:  # two numbers clamp faster
-            y.clamp_(low.item(), high.item())
-        else:  # faster on a CPU than clamping to tensors
-            torch.maximum(torch.minimum(y, high, out=y), low, out=y)
-        return y.mul_(scale)
+        return on_grid(x, scale, -zero_point, 2**self.bits - 1 - zero_point)
 
 
 def is_dead(low: Tensor, high: Tensor, bits: int) -> Tensor:

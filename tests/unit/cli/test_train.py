@@ -1,0 +1,158 @@
+"""vitq train: from images to an artifact, interrupted or not."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import vitq
+from .conftest import Run
+
+RATES = ("--option", "rate=1e-3", "--option", "scale_rate=1e-2")
+
+
+def words(photos: Path, out: Path, *more: object) -> list[str]:
+    given = [
+        "train",
+        "zoo:seeded_vit",
+        "--train",
+        photos / "calib",
+        "--out",
+        out,
+        "--train-batch",
+        8,
+        "--calib-size",
+        8,
+    ]
+    return [str(word) for word in (*given, *RATES, *more)]
+
+
+def outputs(out: Path) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = vitq.load(out)(vitq.data.zoo.seeded_images(8))
+    return found
+
+
+def test_train_makes_an_artifact_that_tells_how_it_went(run: Run, photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    answer = run(*words(photos, out, "--epochs", 2, "--eval", photos / "eval"), json_file=True)
+    assert answer.code == 0, answer.err
+    assert answer.json["training_images"] == 20
+    assert answer.json["labels"] == "used"
+    assert answer.json["top1"] is not None
+    assert "steps of 8 of 20 images, with labels" in answer.err
+    log = vitq.artifact.schema.read(out / "config.json").log["train"]
+    assert log["steps"] == 6
+    assert [step for step, _ in log["curve"]] == [1, 2, 3, 4, 5, 6]
+    assert not list(tmp_path.glob("out.training*"))
+    assert torch.isfinite(outputs(out)).all()
+
+
+def test_without_labels(run: Run, photos: Path, tmp_path: Path) -> None:
+    answer = run(*words(photos, tmp_path / "out", "--labels", "none"), json_file=True)
+    assert answer.code == 0, answer.err
+    assert answer.json["labels"] == "none"
+    answer = run("train", "zoo:seeded_vit", "--train", photos / "flat", "--out", tmp_path / "flat", json_file=True)
+    assert answer.json["labels"] == "none"
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(photos: Path, tmp_path: Path) -> None:
+    """SIGKILL as soon as a state is there."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    script = "from vitq.cli import train; train.EVERY = 0.0; from vitq.cli import main; main()"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def start(out: Path, *more: object) -> subprocess.Popen[Any]:
+        command = [sys.executable, "-c", script, *words(photos, out, "--epochs", 8, *more)]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+    process = start(killed)
+    state = tmp_path / "killed.training.0"
+    deadline = time.monotonic() + 120
+    while not state.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert state.exists()
+    assert not killed.exists()
+    for out, more in ((killed, ["--resume"]), (whole, [])):
+        process = start(out, *more)
+        _, err = process.communicate()
+        assert process.returncode == 0, err
+    assert torch.equal(outputs(killed), outputs(whole))
+    assert not state.exists()
+
+
+@pytest.fixture
+def interrupted(run: Run, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder for which a run was begun, and stopped by Ctrl-C."""
+    monkeypatch.setattr("vitq.cli.train.EVERY", 0.0)
+    steps: list[int] = []
+    from vitq.passes.train.loop import Loop
+
+    original = Loop._step
+
+    def step(self: Loop, *args: Any) -> Any:
+        steps.append(1)
+        if len(steps) == 2:
+            raise KeyboardInterrupt
+        return original(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "_step", step)
+        assert run(*words(photos, tmp_path / "out")).code == 130
+    return tmp_path / "out"
+
+
+def test_an_interrupted_run_is_neither_forgotten_nor_mixed_up(run: Run, photos: Path, interrupted: Path) -> None:
+    assert "--resume" in run(*words(photos, interrupted)).error
+    assert "another settings" in run(*words(photos, interrupted, "--resume", "--epochs", 2)).error
+    assert "another recipe" in run(*words(photos, interrupted, "--resume", "--bits", "w3a3")).error
+    assert run(*words(photos, interrupted, "--force")).code == 0
+
+
+def test_resume_begins_where_nothing_was_interrupted(run: Run, photos: Path, tmp_path: Path) -> None:
+    answer = run(*words(photos, tmp_path / "out", "--resume"))
+    assert answer.code == 0, answer.err
+    assert "no run was interrupted" in answer.err
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["--train-batch", 21], "larger than the 20 examples"),
+        (["--augment", "crops"], "crop"),
+        (["--labels", "some"], "auto or none"),
+        (["--precision", "fp8"], "bf16"),
+        (["--recipe", "repq_vit"], "no option"),
+    ],
+)
+def test_bad_input_is_refused_before_long_work(
+    run: Run, photos: Path, tmp_path: Path, more: list[Any], told: str
+) -> None:
+    answer = run(*words(photos, tmp_path / "out", *more))
+    assert answer.code == 2
+    assert told in answer.error or "unexpected keyword" in answer.error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_recipe_that_trains_nothing_is_refused(run: Run, photos: Path, tmp_path: Path) -> None:
+    answer = run(
+        "train", "zoo:seeded_vit", "--train", photos / "calib", "--out", tmp_path / "o", "--recipe", "repq_vit"
+    )
+    assert "trains nothing" in answer.error
+
+
+def test_a_missing_accelerate_is_told(run: Run, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    answer = run(*words(photos, tmp_path / "out"))
+    assert "vitq[train]" in answer.error

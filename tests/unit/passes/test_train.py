@@ -1,0 +1,445 @@
+"""Training: the loss against an oracle, gradients of scales, and that nothing but the run decides the weights."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import vitq
+from vitq.core.batches import Batches, default_forward
+from vitq.core.errors import ArtifactError, CompositionError, DataError, InputError
+from vitq.core.format import Format
+from vitq.core.qmodel import QuantModel
+from vitq.core.recipe import PassSpec, Recipe, Rule
+from vitq.core.roles import QKV_IN, WEIGHT
+from vitq.core.training import Draw, Given, Training
+from vitq.data.zoo import build_zoo, seeded_images
+from vitq.passes.train import loop
+from vitq.passes.train.teacher import Teacher, principal
+from vitq.quantizers.layout import Layout
+from vitq.quantizers.uniform import UniformQuantizer
+
+IMAGES = 20
+RATES: dict[str, Any] = {"rate": 1e-3, "scale_rate": 1e-2}
+
+
+class Labelled:
+    """Seeded images with labels by number."""
+
+    labelled, fixed = True, True
+
+    def __init__(self, count: int = IMAGES) -> None:
+        self.images = seeded_images(count)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def digest(self) -> str:
+        return f"{len(self)} seeded images"
+
+    def stream(self, batches: Sequence[Sequence[Draw]]) -> Iterator[tuple[Any, Tensor | None]]:
+        for draws in batches:
+            numbers = torch.tensor([number for _, number in draws])
+            yield self.images[numbers], numbers % 10
+
+
+def training(**options: Any) -> Training:
+    return Training(**{"examples": Labelled(), "epochs": 2, "batch_size": 8, "micro_batch": 4} | options)
+
+
+def trained(recipe: str | Recipe = "gplq", bits: str = "w4a4", model: str = "seeded_vit", **options: Any) -> QuantModel:
+    given = options.pop("options", RATES if isinstance(recipe, str) else None)
+    return vitq.quantize(build_zoo(model), recipe, bits, seeded_images(8), options=given, training=training(**options))
+
+
+def tensors(qmodel: QuantModel) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in qmodel.state_dict().items()}
+
+
+def same(a: QuantModel, b: QuantModel) -> bool:
+    left, right = tensors(a), tensors(b)
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+# -- parts -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.1, 32), (0.99, 64), (0.6, 32), (0.9, 32), (1.0, 96)])
+def test_main_directions_are_those_of_a_singular_value_decomposition(share: float, count: int) -> None:
+    rng = np.random.default_rng(0)
+    size = np.concatenate([np.linspace(3, 1, 60), np.full(40, 1e-2)])
+    rows = rng.normal(size=(5000, 100)) * size @ np.linalg.qr(rng.normal(size=(100, 100)))[0]
+    centred = rows - rows.mean(0)
+    _, values, vectors = np.linalg.svd(centred, full_matrices=False)
+    explained = np.cumsum(values**2) / np.sum(values**2)
+    wanted = int(np.argmax(explained >= share - 1e-12)) + 1
+    assert abs(max(wanted, 32) - count) <= 16
+    basis = principal(torch.from_numpy(centred.T @ centred / len(rows)), share)
+    assert basis.shape == (100, count)
+    # The space is compared: signs, and axes of equal variance, are free.
+    np.testing.assert_allclose(basis @ basis.T, vectors[:count].T @ vectors[:count], atol=1e-6)
+
+
+def test_gradients_of_a_scale_are_those_of_the_paper() -> None:
+    """LSQ, equation 3, with a zero-point: round(x/s) - x/s inside, the end of the codes outside."""
+    torch.manual_seed(0)
+    x = torch.randn(200, requires_grad=True)
+    quantizer = UniformQuantizer(4, Layout())
+    quantizer.set_params({"scale": torch.tensor([0.2]), "zero_point": torch.tensor([6.0])})
+    quantizer.learn()
+    direction = torch.randn(200)
+    (quantizer(x) * direction).sum().backward()
+    wide = x.detach().double() / quantizer.scale.detach().double()
+    low, high = -6.0, 9.0
+    inside = (wide.round() >= low) & (wide.round() <= high)
+    by_scale = torch.where(inside, wide.round() - wide, wide.round().clamp(low, high))
+    wanted = (by_scale * direction.double()).sum()
+    assert quantizer.scale.grad is not None
+    assert x.grad is not None
+    torch.testing.assert_close(quantizer.scale.grad.double().sum(), wanted, rtol=1e-5, atol=0)
+    torch.testing.assert_close(x.grad, direction * inside)
+
+
+def test_the_loss_is_the_distance_along_the_main_directions() -> None:
+    model, images = build_zoo("seeded_vit"), seeded_images(IMAGES)
+    plain = replace(gplq_like(), passes=(PassSpec.of("fit"),))
+    qmodel = vitq.quantize(model, plain, "w4a4", images, freeze=False)
+    teacher = Teacher(qmodel, default_forward, Given(Batches.of(images)), 1)
+    basis = teacher.basis(Given(Batches.of(images)), 0.6, 4096, 7)
+    assert basis is not None
+
+    def features(net: nn.Module) -> np.ndarray:
+        seen: list[Tensor] = []
+        handle = net.get_submodule("head").register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+        with torch.no_grad():
+            net(images)
+        handle.remove()
+        return seen[0].double().numpy()
+
+    exact, quantized = features(model), features(qmodel.model)
+    centred = exact - exact.mean(0)
+    _, _, vectors = np.linalg.svd(centred, full_matrices=True)
+    wanted = (((quantized - exact) @ vectors[: basis.shape[1]].T) ** 2).sum(1).mean()
+    course = vitq.quantize(
+        model, gplq_like(), "w4a4", images, training=Training(Given(Batches.of(images)), batch_size=IMAGES)
+    ).log["train"]
+    assert course["curve"][0][1]["features"] == pytest.approx(wanted, rel=1e-3)
+
+
+def gplq_like(**options: Any) -> Recipe:
+    """Min-max ranges as `minmax` has them, weights quantized while training: the first loss is known beforehand."""
+    rules = (Rule(Format("uniform", 4)), Rule(Format("uniform", 4, "channel"), roles=(WEIGHT,)))
+    step = PassSpec.of("train", **{"weights": "learn", "labels": 0.0, "rate": 1e-3} | options)
+    return Recipe("x", "", rules, (PassSpec.of("fit"), step))
+
+
+def test_directions_without_variance_are_left_out() -> None:
+    rows = torch.randn(10, 64, generator=torch.Generator().manual_seed(0)).double()
+    centred = rows - rows.mean(0)
+    assert principal(centred.T @ centred / 10, 0.6).shape == (64, 9)
+    assert principal(torch.zeros(64, 64), 0.6).shape == (64, 1)
+
+
+# -- what decides the weights ----------------------------------------------------------------------------
+
+
+def test_a_run_makes_the_loss_smaller_and_tells_its_course() -> None:
+    course = trained(epochs=6).log["train"]
+    curve = course["curve"]
+    first, last = (sum(point[1].values()) for point in (curve[0], curve[-1]))
+    assert last < 0.9 * first
+    assert (course["steps"], curve[-1][0]) == (18, 18)
+    assert curve[0][1].keys() == {"features", "labels"}
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_one_does_not() -> None:
+    assert same(trained(), trained())
+    other = vitq.quantize(
+        build_zoo("seeded_vit"), "gplq", "w4a4", seeded_images(8), options=RATES, training=training(), seed=1
+    )
+    assert not same(trained(), other)
+
+
+def gradients(**options: Any) -> Tensor:
+    """Of everything, in the first step. What comes after is chaos: rounding of weights flips codes."""
+
+    def stop(optimizer: torch.optim.AdamW) -> None:
+        every = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        found.append(torch.cat([g.flatten() for g in every]))
+        raise Killed
+
+    found: list[Tensor] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", stop)
+        with pytest.raises(Killed):
+            trained(**options)
+    return found[0]
+
+
+def test_gradients_are_those_of_the_whole_batch() -> None:
+    whole = gradients(bits="w8a8", micro_batch=8)
+    parts = gradients(bits="w8a8", micro_batch=3)  # products of another size are rounded otherwise: codes flip
+    assert float((whole - parts).norm() / whole.norm()) < 0.02
+    assert torch.equal(gradients(bits="w8a8", micro_batch=8, recompute=True), whole)
+
+
+def test_what_the_teacher_keeps_is_what_it_would_compute_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    qmodel = vitq.quantize(build_zoo("seeded_vit"), "minmax", "w4a4", seeded_images(8), freeze=False)
+    examples, draws = Labelled(), [(epoch, number) for epoch in (0, 1) for number in (3, 1, 4)]
+    calls: list[int] = []
+    teacher = Teacher(qmodel, lambda model, x: (calls.append(len(x)), model(x))[1], examples, epochs=2)
+    once, again = (teacher(*next(examples.stream([part]))[:1], part) for part in (draws[:3], draws[:2:-1]))
+    assert calls == [3]
+    for first, second in zip(once, again, strict=True):
+        assert first is not None
+        assert second is not None
+        assert torch.equal(first.flip(0), second)
+    monkeypatch.setattr("vitq.passes.train.teacher.KEPT", 0)
+    teacher = Teacher(qmodel, lambda model, x: (calls.append(len(x)), model(x))[1], examples, epochs=2)
+    for part in (draws[:3], draws[3:]):
+        teacher(examples.images[[3, 1, 4]], part)
+    assert calls == [3, 3, 3]
+
+
+def test_weights_stay_in_float_while_scales_are_trained_and_are_quantized_after() -> None:
+    seen: list[set[str]] = []
+    original = loop.Loop._step
+
+    def step(self: loop.Loop, *args: Any) -> Any:
+        seen.append(set(self.params))
+        return original(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.Loop, "_step", step)
+        qmodel = trained()
+    scales = {name for name in seen[0] if "|" in name}
+    weights = {site.id for site in qmodel.sites(WEIGHT)}
+    assert scales
+    assert not {name.split("|")[0] for name in scales} & weights
+    for site in qmodel.sites(WEIGHT):
+        parameter = qmodel.weight(site)
+        assert parameter is not None
+        assert len(parameter[0].unique()) <= 16
+    assert all(qmodel.quantizers[site].state == "on" for site in qmodel.sites())
+
+
+def test_channel_scales_behind_norms_are_folded() -> None:
+    qmodel = trained()
+    assert {rewrite.name for rewrite in qmodel.rewrites} >= {"fold_norm_scale"}
+    assert all(qmodel.formats[site.id].per == "tensor" for site in qmodel.sites(QKV_IN))
+
+
+@pytest.mark.parametrize("weights", ["learn", "fixed"])
+def test_weights_are_trained_as_they_are_quantized_or_not_at_all(weights: str) -> None:
+    model = build_zoo("seeded_vit")
+    qmodel = vitq.quantize(
+        model, gplq_like(weights=weights), "w4a4", seeded_images(8), freeze=False, training=training()
+    )
+    moved = [name for name, p in model.named_parameters() if not torch.equal(p, qmodel.model.get_parameter(name))]
+    assert bool(moved) == (weights == "learn")
+    assert qmodel.freeze().frozen
+
+
+def test_activations_in_float_leave_nothing_to_train() -> None:
+    qmodel = trained(bits="w4a16")
+    assert qmodel.log["train"]["steps"] == 0
+    assert qmodel.frozen
+
+
+# -- keeping ---------------------------------------------------------------------------------------------
+
+
+class Killed(Exception):  # noqa: N818
+    pass
+
+
+def interrupted(file: Path, at: int, **options: Any) -> None:
+    original = loop.Loop._step
+
+    def step(self: loop.Loop, *args: Any) -> Any:
+        calls.append(1)
+        if len(calls) > at:
+            raise Killed
+        return original(self, *args)
+
+    calls: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.Loop, "_step", step)
+        with pytest.raises(Killed):
+            trained(file=file, every=0.0, **options)
+
+
+@pytest.mark.parametrize("at", [1, 4])
+def test_a_run_that_was_stopped_goes_on_to_the_same_bits(tmp_path: Path, at: int) -> None:
+    file = tmp_path / "state"
+    interrupted(file, at)
+    resumed = trained(file=file, resume=True)
+    whole = trained()
+    assert same(resumed, whole)
+    assert resumed.log["train"] == whole.log["train"]
+    assert same(trained(file=file, resume=True), whole), "a finished run is not trained again"
+
+
+@pytest.mark.parametrize(
+    ("part", "other"),
+    [
+        ("model", {"model": "seeded_swin"}),
+        ("recipe", {"options": RATES | {"variance": 0.9}}),
+        ("recipe", {"bits": "w3a3"}),
+        ("data", {"examples": Labelled(IMAGES - 1)}),
+        ("settings", {"epochs": 3}),
+    ],
+)
+def test_a_state_of_something_else_is_refused(tmp_path: Path, part: str, other: dict[str, Any]) -> None:
+    file = tmp_path / "state"
+    interrupted(file, 1)
+    with pytest.raises(ArtifactError, match=rf"another .*{part}"):
+        trained(file=file, resume=True, **other)
+
+
+@pytest.mark.parametrize("damage", [b"", b"not a state", None])
+def test_a_damaged_state_is_refused(tmp_path: Path, damage: bytes | None) -> None:
+    file = tmp_path / "state"
+    interrupted(file, 1)
+    kept = tmp_path / "state.0"
+    kept.write_bytes(kept.read_bytes()[:-10] if damage is None else damage)
+    with pytest.raises(ArtifactError, match=r"state\.0 is no state of a training run"):
+        trained(file=file, resume=True)
+
+
+def test_a_state_that_cannot_be_written_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "state"
+    interrupted(file, 2)
+    before = (tmp_path / "state.0").read_bytes()
+
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("vitq.passes.train.keep.write_bytes", full)
+    with pytest.raises(ArtifactError, match="No space left on device"):
+        trained(file=file, resume=True, every=0.0)
+    assert (tmp_path / "state.0").read_bytes() == before
+
+
+def test_a_run_that_diverges_keeps_what_was_good() -> None:
+    course = trained(epochs=20, options={"rate": 3.0, "scale_rate": 1e-2}).log["train"]
+    assert course["diverged"] <= 2 * loop.WINDOW
+    assert course["kept"] == 0 or course["kept"] % loop.WINDOW == 0
+    assert course["steps"] == course["diverged"]
+
+
+def test_a_loss_that_is_no_number_is_noticed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vitq.passes.train.stage import Distance
+
+    original, calls = Distance.__call__, list[int]()
+
+    def broken(self: Distance, *args: Any) -> dict[str, Tensor]:
+        calls.append(1)
+        found = original(self, *args)
+        return {name: value * math.nan for name, value in found.items()} if len(calls) == 7 else found
+
+    monkeypatch.setattr(Distance, "__call__", broken)
+    qmodel = trained()
+    assert qmodel.log["train"]["diverged"] == 4  # two micro-batches a step
+    assert all(bool(torch.isfinite(p).all()) for p in qmodel.parameters())
+
+
+# -- several processes -----------------------------------------------------------------------------------
+
+SCRIPT = """
+import sys, torch
+sys.path.insert(0, {folder!r})
+from test_train import tensors, trained
+from safetensors.torch import save_file
+import os
+torch.set_num_threads(1)
+qmodel = trained(micro_batch=4)
+if os.environ.get("RANK", "0") == "0":
+    save_file({{name: t.contiguous() for name, t in tensors(qmodel).items()}}, sys.argv[1])
+    print(qmodel.log["train"]["curve"])
+"""
+
+
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    script = tmp_path / "run.py"
+    script.write_text(SCRIPT.format(folder=str(Path(__file__).parent)))
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    curves: list[list[float]] = []
+    for command in ([sys.executable], launch):
+        done = subprocess.run(
+            [*command, str(script), str(tmp_path / "out.safetensors")], capture_output=True, text=True, env=environment
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        curves.append([sum(point[1].values()) for point in eval(done.stdout.strip().splitlines()[-1])])
+    assert len(curves[0]) == 6
+    assert curves[0][0] == pytest.approx(curves[1][0], rel=1e-5)  # what follows is chaos
+
+
+# -- bad input -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"batch_size": IMAGES + 1}, DataError),
+        ({"epochs": 0}, InputError),
+        ({"precision": "fp8"}, InputError),
+        ({"examples": Labelled(0)}, DataError),
+    ],
+)
+def test_training_that_cannot_be_is_refused(options: dict[str, Any], error: type[Exception]) -> None:
+    with pytest.raises(error):
+        training(**options)
+
+
+def test_cross_entropy_alone_needs_labels() -> None:
+    recipe = gplq_like(features=0.0, labels=1.0)
+    with pytest.raises(DataError, match="no labels"):
+        vitq.quantize(build_zoo("seeded_vit"), recipe, "w4a4", seeded_images(8))
+
+
+def test_a_recipe_that_trains_nothing_is_refused() -> None:
+    with pytest.raises(CompositionError, match="trains nothing"):
+        vitq.quantize(build_zoo("seeded_vit"), "repq_vit", "w4a4", seeded_images(8), training=training())
+
+
+@pytest.mark.parametrize(
+    "options", [{"weights": "some"}, {"rate": -1.0}, {"variance": 0.0}, {"features": 0.0, "labels": 0.0}]
+)
+def test_options_that_cannot_be_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(CompositionError, match="pass 'train'"):
+        PassSpec.of("train", **options).build()
+
+
+def test_frozen_parameters_stay() -> None:
+    model = build_zoo("seeded_vit")
+    frozen = [p for name, p in model.named_parameters() if name.startswith("blocks.0.")]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    qmodel = vitq.quantize(
+        model, gplq_like(), "w4a4", seeded_images(8), freeze=False, training=replace(training(), epochs=1)
+    )
+    moved = [name for name, p in model.named_parameters() if not torch.equal(p, qmodel.model.get_parameter(name))]
+    assert {name.split(".")[1] for name in moved if name.startswith("blocks.")} == {"1", "2"}

@@ -1,0 +1,147 @@
+"""vitq train: quantize by a recipe that trains, on images of one's own."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vitq.artifact import check_destination
+from vitq.cli import app as a
+from vitq.cli import work
+from vitq.cli.console import Say, check_outputs, command, write_json
+from vitq.cli.quantize import Finish, about, report
+from vitq.cli.recipes import parse_options, recipe_of
+from vitq.core.errors import InputError
+from vitq.core.training import EVERY, Training
+from vitq.data.examples import ImageExamples
+from vitq.data.images import open_images
+from vitq.pipeline import quantize, resolve
+
+HELP = """Quantize a model by a recipe that trains, and save it as a packed artifact.
+
+Examples:
+
+    vitq train deit_small_patch16_224 --recipe gplq --bits w4a4 --train photos/ --eval val/ --out out/
+
+    vitq train deit_small_patch16_224 --train photos/ --labels none --epochs 3 --augment crop --out out/
+
+    vitq train deit_small_patch16_224 --train photos/ --out out/ --resume
+
+    accelerate launch --num_processes 4 -m vitq.cli train deit_base_patch16_224 --train photos/ --out out/
+
+The state of the run is kept beside the artifact (OUT.training.0) every minute. An interrupted run goes on from there
+with --resume, to the same weights. The model stays in evaluation mode, and learns from its own float version; labels
+are used where there are any.
+"""
+
+
+@a.app.command("train", help=HELP)
+@command
+def train_command(
+    model: a.Model,
+    train: Annotated[str, typer.Option(help=f"Training images. {a.DATA_HELP}")],
+    out: Annotated[Path, typer.Option(help="Folder for the artifact.")],
+    recipe: a.Recipe = "gplq",
+    bits: a.Bits = "w4a4",
+    epochs: Annotated[int, typer.Option(min=1, help="How often each image is seen.")] = 1,
+    train_batch: Annotated[
+        int, typer.Option(min=1, help="Images in a step of the optimizer, over all processes.")
+    ] = 16,
+    micro_batch: Annotated[int, typer.Option(min=1, help="Of them so many go through the model at a time.")] = 16,
+    augment: Annotated[str, typer.Option(help="none, crop (and flip), or deit (as DeiT was trained).")] = "none",
+    labels: Annotated[str, typer.Option(help="auto uses labels where there are any; none does not.")] = "auto",
+    precision: Annotated[str, typer.Option(help="Of the forward: no (float32) or bf16.")] = "no",
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="Run blocks again in the backward: less memory, more time.")
+    ] = False,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that decode images; 0 decodes in this one.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that was interrupted.")] = False,
+    calib_size: Annotated[
+        int, typer.Option(min=1, help="How many of the training images, drawn by the seed, ranges begin with.")
+    ] = 32,
+    eval_data: Annotated[str | None, typer.Option("--eval", help=f"Labelled images. {a.DATA_HELP}")] = None,
+    checkpoint: a.Checkpoint = None,
+    option: a.Options = None,
+    exclude: a.Exclude = None,
+    override: a.Set = None,
+    seed: a.Seed = 0,
+    device: a.Device = "auto",
+    batch_size: a.BatchSize = 50,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace an artifact, and forget an interrupted run, that are there.")
+    ] = False,
+    json: a.Json = None,
+    quiet: a.Quiet = False,
+) -> None:
+    """See HELP."""
+    rank = int(os.environ.get("RANK", "0"))  # of several processes the first one speaks and writes
+    say = Say(quiet or rank > 0)
+    check_outputs(json)
+    if labels not in ("auto", "none"):
+        raise InputError(f"--labels {labels!r}: use auto or none")
+    asked = {
+        "bits": bits,
+        "exclude": exclude or (),
+        "overrides": override or (),
+        "options": parse_options(option or ()),
+        "seed": seed,
+    }
+    found = recipe_of(recipe, asked["options"])  # type: ignore[arg-type]
+    plan = resolve(found, **asked)  # type: ignore[arg-type]
+    state = out.parent / f"{out.name}.training"
+    kept = sorted(out.parent.glob(f"{state.name}.*"))
+    if rank == 0:
+        check_destination(out, force=force)
+        if kept and not resume and not force:
+            raise InputError(f"{kept[0]} is of an interrupted run; go on with --resume, or begin anew with --force")
+        if resume and not kept:
+            say.note("no run was interrupted here; this one begins")
+        if force and not resume:
+            for file in kept:
+                file.unlink()
+    where = work.choose_device(device)
+    loaded = work.open_model(model, checkpoint, where, say)
+    preprocess = work.need_preprocess(loaded.preprocess, model)
+    images = open_images(train, labels=labels, num_classes=loaded.num_classes)
+    images.check()
+    use = labels == "auto" and images.labels is not None
+    examples = ImageExamples(images, preprocess, augment=augment, labels=use, seed=seed, workers=workers, device=where)
+    training = Training(
+        examples, epochs, train_batch, micro_batch, precision, recompute, file=state, resume=resume, every=EVERY
+    )
+    data, calib = work.calibration(train, min(calib_size, len(images)), seed, preprocess, where, False, say)
+    scored = work.evaluation(eval_data, images, loaded.num_classes, False, say) if eval_data else None
+    say.note("passes: " + ", ".join(map(str, plan.passes)))
+    say.note(f"{training.steps} steps of {train_batch} of {len(images)} images, {'with' if use else 'without'} labels")
+
+    start = time.perf_counter()
+    qmodel = quantize(loaded.model, found, data=data, progress=say, training=training, **asked)  # type: ignore[arg-type]
+    seconds = time.perf_counter() - start
+    if rank > 0:
+        return
+    told = qmodel.log.get("train", {})
+    if told.get("diverged"):
+        say.note(
+            f"training diverged at step {told['diverged']}; the weights of step {told['kept']} are kept. Lower rates "
+            f"(--option rate=…, scale_rate=…)"
+        )
+    result = about(qmodel, loaded.model, data, seconds) | {
+        "model": model,
+        "device": str(where),
+        "training_images": len(images),
+        "epochs": epochs,
+        "labels": "used" if use else "none",
+    }
+    qmodel.source, qmodel.preprocess = loaded.source, preprocess.to_dict()
+    qmodel.provenance = work.provenance(calib, train, seed) | {"training": Path(train).name, "trained_on": len(images)}
+    result = Finish(out, force, eval_data, batch_size, False).save_and_score(
+        qmodel, loaded.model, result, scored, preprocess, where, say
+    )
+    for file in out.parent.glob(f"{state.name}.*"):  # the artifact is there: nothing to go on with
+        file.unlink()
+    report(result, out, say)
+    write_json(json, result)

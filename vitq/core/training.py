@@ -1,0 +1,147 @@
+"""What a pass that trains is given: examples in an order that a seed decides, for how long, and where it is kept.
+
+A draw (epoch, number) names an example as it is seen in an epoch: augmentation follows it, so that a run that was
+interrupted goes on with the images that it would have seen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from vitq.core.batches import Batches, split
+from vitq.core.errors import DataError, InputError
+from vitq.core.recipe import Pass
+
+Draw = tuple[int, int]
+PRECISIONS = ("no", "bf16")
+MICRO_BATCH = 16  # examples whose activations are kept for a backward at a time
+EVERY = 60.0  # seconds between two states that are kept
+
+
+class Examples(Protocol):
+    """What is trained on.
+
+    Attributes:
+        labelled: whether examples come with labels.
+        fixed: an example looks the same in every epoch.
+    """
+
+    labelled: bool
+    fixed: bool
+
+    def __len__(self) -> int: ...
+
+    def digest(self) -> str:
+        """Of what there is and how it is augmented: a run only goes on with the same."""
+
+    def stream(self, batches: Sequence[Sequence[Draw]]) -> Iterator[tuple[Any, Tensor | None]]:
+        """(inputs as the model takes them, labels (B,) or None), for each of these batches."""
+
+
+class Given:
+    """Calibration images as examples: no labels, no augmentation."""
+
+    labelled, fixed = False, True
+
+    def __init__(self, data: Batches) -> None:
+        self._items = list(chain.from_iterable(split(batch, 1) for batch in data))
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def digest(self) -> str:
+        """Of every value."""
+        digest = hashlib.sha256()
+        for tensor in pytree.tree_leaves(self._items):
+            if isinstance(tensor, Tensor):
+                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    def stream(self, batches: Sequence[Sequence[Draw]]) -> Iterator[tuple[Any, Tensor | None]]:
+        """The images of each batch, one behind the other."""
+        for draws in batches:
+            items = [self._items[number] for _, number in draws]
+            yield pytree.tree_map(lambda *parts: torch.cat(parts), *items) if len(items) > 1 else items[0], None
+
+
+@dataclass(frozen=True)
+class Training:
+    """How to train; what is trained and by which loss is the pass's.
+
+    Attributes:
+        epochs: how often each example is seen.
+        batch_size: examples of one step of the optimizer, over all processes.
+        micro_batch: so many of them go through the model at a time; gradients of the rest are added.
+        precision: of the forward: "no" (float32) or "bf16". Quantizers always work in float32.
+        recompute: keep only the inputs of blocks for the backward, and run them again.
+        file: the state is kept in files beside this name, none without one.
+        resume: go on from there.
+        every: seconds between two states.
+
+    Raises:
+        InputError: numbers that cannot be.
+        DataError: no examples, or a batch larger than all of them.
+    """
+
+    examples: Examples
+    epochs: int = 1
+    batch_size: int = 16
+    micro_batch: int = MICRO_BATCH
+    precision: str = "no"
+    recompute: bool = False
+    file: Path | None = None
+    resume: bool = False
+    every: float = EVERY
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.batch_size < 1 or self.micro_batch < 1:
+            raise InputError("training needs one epoch or more, and batches of one example or more")
+        if self.precision not in PRECISIONS:
+            raise InputError(f"unknown precision {self.precision!r}; use one of {', '.join(PRECISIONS)}")
+        if not len(self.examples):
+            raise DataError("there is nothing to train on; give images")
+        if self.batch_size > len(self.examples):
+            raise DataError(
+                f"a batch of {self.batch_size} is larger than the {len(self.examples)} examples; give more examples, "
+                f"or a smaller batch"
+            )
+
+    @property
+    def steps(self) -> int:
+        """Of the optimizer."""
+        return self.epochs * -(-len(self.examples) // self.batch_size)
+
+    def batches(self, seed: int) -> list[list[Draw]]:
+        """The examples of every step: all of them once an epoch, in an order that the seed decides."""
+        found: list[list[Draw]] = []
+        for epoch in range(self.epochs):
+            generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
+            order = torch.randperm(len(self.examples), generator=generator).tolist()
+            draws = [(epoch, number) for number in order]
+            found += [draws[at : at + self.batch_size] for at in range(0, len(draws), self.batch_size)]
+        return found
+
+    def stage(self, number: int) -> Training:
+        """The same for one of several passes that train: each keeps its state in a file of its own."""
+        return self if self.file is None else replace(self, file=self.file.with_name(f"{self.file.name}.{number}"))
+
+    @classmethod
+    def on(cls, data: Batches) -> Training:
+        """One epoch on calibration images."""
+        examples = Given(data)
+        return cls(examples, batch_size=min(MICRO_BATCH, max(len(examples), 1)))
+
+
+class TrainingPass(Pass):
+    """A pass that trains, on the calibration images unless `training` is set before it runs."""
+
+    training: Training | None = None

@@ -1,0 +1,118 @@
+"""Images as training examples: decoded and augmented as (epoch, number) says, by any number of workers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from vitq.core.errors import InputError, UnknownNameError
+from vitq.core.training import Draw
+from vitq.data.images import ImageSet
+from vitq.data.preprocess import AUGMENTATIONS, Preprocess
+
+NONE = "none"
+
+
+class ImageExamples:
+    """The images of a set as examples.
+
+    Args:
+        images: what to train on.
+        preprocess: the model's own; augmentation takes its size, mean and deviation. None where images are tensors.
+        augment: "none", or a key of preprocess.AUGMENTATIONS.
+        labels: hand out the labels that the images have.
+        seed: of augmentation.
+        workers: processes that decode; 0 decodes in this one.
+        device: where the images are wanted.
+
+    Raises:
+        InputError: labels are asked for, and there are none; an unknown augmentation, or one where none is possible.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        preprocess: Preprocess | None,
+        *,
+        augment: str = NONE,
+        labels: bool = True,
+        seed: int = 0,
+        workers: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if augment not in (NONE, *AUGMENTATIONS):
+            raise UnknownNameError("augmentation", augment, [NONE, *AUGMENTATIONS])
+        if augment != NONE and preprocess is None:
+            raise InputError(
+                f"augmentation {augment!r} needs images and a model whose preprocessing is known; use none"
+            )
+        if labels and images.labels is None:
+            raise InputError(f"{images.where} has no labels; give some, or train without (labels none)")
+        self.images, self.preprocess, self.augment, self.seed = images, preprocess, augment, seed
+        self.labelled, self.fixed = labels, augment == NONE
+        self.workers, self.device = workers, torch.device(device)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def digest(self) -> str:
+        """Of names, labels, preparation and augmentation; not of every image's content."""
+        labels = self.images.labels.tolist() if self.labelled and self.images.labels is not None else None
+        prepared = None if self.preprocess is None else self.preprocess.to_dict()
+        told = json.dumps([self.images.ids, labels, prepared, self.augment, self.seed])
+        return hashlib.sha256(told.encode()).hexdigest()
+
+    def stream(self, batches: Sequence[Sequence[Draw]]) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """(images, labels) of each batch."""
+        loader: Any = DataLoader(
+            _Decoded(self),
+            batch_sampler=[list(draws) for draws in batches],
+            num_workers=self.workers,
+            pin_memory=self.device.type == "cuda",
+        )
+        for images, labels in loader:
+            yield images.to(self.device, non_blocking=True), labels.to(self.device) if self.labelled else None
+
+
+class _Decoded(Dataset[tuple[Tensor, int]]):
+    def __init__(self, examples: ImageExamples) -> None:
+        self.of = examples
+        preprocess = examples.preprocess
+        self.transform = None
+        if preprocess is not None:
+            plain = examples.augment == NONE
+            self.transform = preprocess.transform() if plain else preprocess.augmented(examples.augment)
+
+    def __getitem__(self, draw: Draw) -> tuple[Tensor, int]:
+        epoch, number = draw
+        with _seeded(hash((self.of.seed, epoch, number))):  # of whole numbers: the same in every process
+            image = self.of.images.image(number, self.transform)
+        labels = self.of.images.labels
+        return image, int(labels[number]) if self.of.labelled and labels is not None else -1
+
+
+class _seeded:  # noqa: N801 - a context
+    """For a while, random numbers follow a seed; what was drawn from before goes on as if nothing had been."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed % 2**32
+
+    def __enter__(self) -> None:
+        self.before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        random.seed(self.seed)
+        np.random.seed(self.seed)
+        torch.manual_seed(self.seed)
+
+    def __exit__(self, *exc: object) -> None:
+        python, numpy, pytorch = self.before
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(pytorch)

@@ -1,0 +1,1 @@
+"""Training: what is trained, by which loss, and the one loop."""
