@@ -76,6 +76,7 @@ class _Go:
                         with suppress(Stop):
                             data.forward(qmodel.model, part)
                         seen += images
+                        give_back()
                     task.advance()
         give_back()
         return self.sampled
@@ -104,7 +105,6 @@ class _Go:
             each.append(look if live is not None else partial(self.see_and_stop, look, number, seen + images))
         for name, each in looks.items():
             self.qmodel.quantizers[name].product_observer = partial(_show_all, each)
-        give_back()
 
     def see_and_stop(self, look: Callable[[Tensor], None], number: int, seen: int, made: Tensor) -> None:
         """End the forward where nothing behind is looked at, or there is no room for it."""

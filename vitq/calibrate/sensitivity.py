@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from vitq.calibrate.blocks import first
+from vitq.calibrate.heap import give_back
 from vitq.core.batches import Batches, leading_size, split
 from vitq.core.progress import Task
 from vitq.core.qmodel import QuantModel
@@ -76,6 +77,7 @@ def run_backward(
                     if outputs:
                         torch.autograd.backward(outputs, starts)
                 seen += images
+                give_back()  # what is kept of each part lies between activations that are gone
             task.advance()
 
 
