@@ -81,7 +81,7 @@ def quantize(
     qmodel.example = describe_example(example)
     with torch.random.fork_rng():  # the caller's random numbers are not touched
         torch.manual_seed(seed)
-        run_passes(qmodel, batches, progress or Silent(), training)  # 3. how
+        run_passes(qmodel, batches, progress or Silent(), training, model)  # 3. how
     return qmodel.freeze() if freeze else qmodel  # 4. codes and scales
 
 
@@ -133,8 +133,18 @@ def insert(model: nn.Module, graph: Graph, plan: Plan, formats: Mapping[str, For
     return qmodel
 
 
-def run_passes(qmodel: QuantModel, data: Batches | None, progress: Progress, training: Training | None = None) -> None:
+def run_passes(
+    qmodel: QuantModel,
+    data: Batches | None,
+    progress: Progress,
+    training: Training | None = None,
+    float_model: nn.Module | None = None,
+) -> None:
     """Ask the plan's passes whether they can work, then run them in order, and note how long each took.
+
+    Args:
+        training: for passes that train.
+        float_model: their teacher.
 
     Raises:
         CompositionError: there is training to do, and no pass that trains.
@@ -144,13 +154,15 @@ def run_passes(qmodel: QuantModel, data: Batches | None, progress: Progress, tra
     if training is not None and not trained:
         raise CompositionError(f"recipe {qmodel.plan.recipe.name!r} trains nothing; use quantize without training=")
     for number, one in enumerate(trained):
-        one.training = training and training.stage(number)
+        one.training, one.teacher = training and training.stage(number), float_model
     for _, step in steps:
         step.check(qmodel, data)
     seconds = []
     for spec, step in steps:
         start = time.perf_counter()
         step.run(qmodel, data, progress)
+        if isinstance(step, TrainingPass):  # a run that goes on has drawn fewer random numbers than one in one piece
+            torch.manual_seed(qmodel.plan.seed)
         give_back()
         seconds.append({"pass": str(spec), "seconds": round(time.perf_counter() - start, 3)})
     qmodel.log["passes"] = seconds

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
 from vitq.artifact import check_destination
@@ -16,10 +17,12 @@ from vitq.cli.console import Say, check_outputs, command, write_json
 from vitq.cli.quantize import Finish, about, report
 from vitq.cli.recipes import parse_options, recipe_of
 from vitq.core.errors import InputError
-from vitq.core.training import EVERY, Training
+from vitq.core.training import EVERY, Training, TrainingPass
 from vitq.data.examples import ImageExamples
 from vitq.data.images import open_images
 from vitq.pipeline import quantize, resolve
+
+REMEMBERED = 10_000  # images whose digests an artifact holds
 
 HELP = """Quantize a model by a recipe that trains, and save it as a packed artifact.
 
@@ -78,7 +81,8 @@ def train_command(
     quiet: a.Quiet = False,
 ) -> None:
     """See HELP."""
-    rank = int(os.environ.get("RANK", "0"))  # of several processes the first one speaks and writes
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    rank = int(os.environ.get("RANK", "0")) if several else 0  # of several processes the first one speaks and writes
     say = Say(quiet or rank > 0)
     check_outputs(json)
     if labels not in ("auto", "none"):
@@ -93,17 +97,18 @@ def train_command(
     found = recipe_of(recipe, asked["options"])  # type: ignore[arg-type]
     plan = resolve(found, **asked)  # type: ignore[arg-type]
     state = out.parent / f"{out.name}.training"
-    kept = sorted(out.parent.glob(f"{state.name}.*"))
+    trains = [spec for spec in plan.passes if issubclass(type(spec.build()), TrainingPass)]
+    states = [out.parent / f"{state.name}.{number}" for number in range(len(trains))]
     if rank == 0:
         check_destination(out, force=force)
+        kept = [file for file in states if file.exists()]
         if kept and not resume and not force:
             raise InputError(f"{kept[0]} is of an interrupted run; go on with --resume, or begin anew with --force")
         if resume and not kept:
             say.note("no run was interrupted here; this one begins")
-        if force and not resume:
-            for file in kept:
-                file.unlink()
-    where = work.choose_device(device)
+    local = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    use_own = several and device == "auto" and torch.cuda.is_available()
+    where = work.choose_device(local if use_own else device)
     loaded = work.open_model(model, checkpoint, where, say)
     preprocess = work.need_preprocess(loaded.preprocess, model)
     images = open_images(train, labels=labels, num_classes=loaded.num_classes)
@@ -118,17 +123,19 @@ def train_command(
     say.note("passes: " + ", ".join(map(str, plan.passes)))
     say.note(f"{training.steps} steps of {train_batch} of {len(images)} images, {'with' if use else 'without'} labels")
 
+    if rank == 0 and force and not resume:
+        remove(states)
     start = time.perf_counter()
     qmodel = quantize(loaded.model, found, data=data, progress=say, training=training, **asked)  # type: ignore[arg-type]
     seconds = time.perf_counter() - start
     if rank > 0:
         return
-    told = qmodel.log.get("train", {})
-    if told.get("diverged"):
-        say.note(
-            f"training diverged at step {told['diverged']}; the weights of step {told['kept']} are kept. Lower rates "
-            f"(--option rate=…, scale_rate=…)"
-        )
+    for told in qmodel.log["train"]:
+        if told.get("diverged"):
+            say.note(
+                f"training diverged at step {told['diverged']}; the weights of step {told['kept']} are kept. Lower "
+                f"rates (--option rate=…, scale_rate=…)"
+            )
     result = about(qmodel, loaded.model, data, seconds) | {
         "model": model,
         "device": str(where),
@@ -137,11 +144,20 @@ def train_command(
         "labels": "used" if use else "none",
     }
     qmodel.source, qmodel.preprocess = loaded.source, preprocess.to_dict()
-    qmodel.provenance = work.provenance(calib, train, seed) | {"training": Path(train).name, "trained_on": len(images)}
+    # Whoever evaluates later leaves out what was trained on, as what was calibrated on.
+    qmodel.provenance = work.provenance(images if len(images) <= REMEMBERED else calib, train, seed)
+    qmodel.provenance |= {"calibration_images": data.count, "training_images": len(images)}
+    if len(images) > REMEMBERED:
+        say.note(f"of more than {REMEMBERED} images the artifact does not remember which: evaluate on others yourself")
     result = Finish(out, force, eval_data, batch_size, False).save_and_score(
         qmodel, loaded.model, result, scored, preprocess, where, say
     )
-    for file in out.parent.glob(f"{state.name}.*"):  # the artifact is there: nothing to go on with
-        file.unlink()
+    remove(states)  # the artifact is there: nothing to go on with
     report(result, out, say)
     write_json(json, result)
+
+
+def remove(states: list[Path]) -> None:
+    """Forget runs that are over."""
+    for file in states:
+        file.unlink(missing_ok=True)

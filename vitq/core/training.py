@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from vitq.core.batches import Batches, split
+from vitq.core.batches import Batches, leading_size, split
 from vitq.core.errors import DataError, InputError
 from vitq.core.recipe import Pass
 
@@ -54,6 +54,10 @@ class Given:
 
     def __init__(self, data: Batches) -> None:
         self._items = list(chain.from_iterable(split(batch, 1) for batch in data))
+        if any(leading_size(item) != 1 for item in self._items):
+            raise DataError(
+                "training takes batches of which every tensor has the examples as its first dimension; give training="
+            )
 
     def __len__(self) -> int:
         return len(self._items)
@@ -70,7 +74,11 @@ class Given:
         """The images of each batch, one behind the other."""
         for draws in batches:
             items = [self._items[number] for _, number in draws]
-            yield pytree.tree_map(lambda *parts: torch.cat(parts), *items) if len(items) > 1 else items[0], None
+            yield pytree.tree_map(_joined, *items), None
+
+
+def _joined(*parts: Any) -> Any:
+    return torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0]
 
 
 @dataclass(frozen=True)
@@ -120,15 +128,10 @@ class Training:
         """Of the optimizer."""
         return self.epochs * -(-len(self.examples) // self.batch_size)
 
-    def batches(self, seed: int) -> list[list[Draw]]:
-        """The examples of every step: all of them once an epoch, in an order that the seed decides."""
-        found: list[list[Draw]] = []
-        for epoch in range(self.epochs):
-            generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
-            order = torch.randperm(len(self.examples), generator=generator).tolist()
-            draws = [(epoch, number) for number in order]
-            found += [draws[at : at + self.batch_size] for at in range(0, len(draws), self.batch_size)]
-        return found
+    def batches(self, seed: int, epoch: int) -> list[list[Draw]]:
+        """The examples of every step of an epoch: each once, in an order that the seed decides."""
+        draws = [(epoch, number) for number in order_of(len(self.examples), seed, epoch)]
+        return [draws[at : at + self.batch_size] for at in range(0, len(draws), self.batch_size)]
 
     def stage(self, number: int) -> Training:
         """The same for one of several passes that train: each keeps its state in a file of its own."""
@@ -142,6 +145,18 @@ class Training:
 
 
 class TrainingPass(Pass):
-    """A pass that trains, on the calibration images unless `training` is set before it runs."""
+    """A pass that trains.
+
+    Attributes:
+        training: set before it runs; the calibration images unless it is.
+        teacher: the float model as it was given; the model with its quantizers off unless it is set.
+    """
 
     training: Training | None = None
+    teacher: nn.Module | None = None
+
+
+def order_of(count: int, *seeds: int) -> list[int]:
+    """A permutation that these whole numbers decide."""
+    mixed = int.from_bytes(hashlib.sha256(repr(seeds).encode()).digest()[:7], "little")
+    return torch.randperm(count, generator=torch.Generator().manual_seed(mixed)).tolist()

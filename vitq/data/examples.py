@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from vitq.core.errors import InputError, UnknownNameError
+from vitq.core.errors import DataError, InputError, UnknownNameError
 from vitq.core.training import Draw
 from vitq.data.images import ImageSet
 from vitq.data.preprocess import AUGMENTATIONS, Preprocess
 
 NONE = "none"
+LOOKED_AT = 64  # images whose content is part of the digest
 
 
 class ImageExamples:
@@ -54,6 +55,8 @@ class ImageExamples:
             raise InputError(
                 f"augmentation {augment!r} needs images and a model whose preprocessing is known; use none"
             )
+        if augment != NONE and images.holds_tensors:
+            raise InputError(f"{images.where} holds tensors, which are not augmented; use none")
         if labels and images.labels is None:
             raise InputError(f"{images.where} has no labels; give some, or train without (labels none)")
         self.images, self.preprocess, self.augment, self.seed = images, preprocess, augment, seed
@@ -64,10 +67,11 @@ class ImageExamples:
         return len(self.images)
 
     def digest(self) -> str:
-        """Of names, labels, preparation and augmentation; not of every image's content."""
+        """Of names, labels, preparation, augmentation, and the content of a few images evenly spread."""
         labels = self.images.labels.tolist() if self.labelled and self.images.labels is not None else None
         prepared = None if self.preprocess is None else self.preprocess.to_dict()
-        told = json.dumps([self.images.ids, labels, prepared, self.augment, self.seed])
+        looked_at = self.images.digests(range(0, len(self), -(-len(self) // LOOKED_AT)))
+        told = json.dumps([self.images.ids, labels, prepared, self.augment, self.seed, looked_at])
         return hashlib.sha256(told.encode()).hexdigest()
 
     def stream(self, batches: Sequence[Sequence[Draw]]) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -77,9 +81,18 @@ class ImageExamples:
             batch_sampler=[list(draws) for draws in batches],
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(),  # else it would draw a number from the one of all
         )
-        for images, labels in loader:
+        for images, labels in _named(loader):
             yield images.to(self.device, non_blocking=True), labels.to(self.device) if self.labelled else None
+
+
+def _named(loader: Any) -> Iterator[Any]:
+    """What it loads; a worker's DataError without the worker's traceback."""
+    try:
+        yield from loader
+    except DataError as error:
+        raise DataError(str(error).strip().splitlines()[-1].removeprefix("vitq.core.errors.DataError: ")) from None
 
 
 class _Decoded(Dataset[tuple[Tensor, int]]):

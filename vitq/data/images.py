@@ -161,6 +161,11 @@ class ImageSet:
         """All images at once, (N, C, H, W) float32. Raises as batches does."""
         return next(self.batches(preprocess, max(1, len(self)), skip_bad=skip_bad)).images
 
+    @property
+    def holds_tensors(self) -> bool:
+        """Whether the images are tensors, which are taken as they are."""
+        return bool(self._indices) and isinstance(next(self._store.thunks(self._indices[:1]))(), Tensor)
+
     def image(self, position: int, transform: Callable[[Any], Tensor] | None) -> Tensor:
         """One image, transformed; one that is a tensor is taken as it is.
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import vitq
+
 from .conftest import Run
 
 RATES = ("--option", "rate=1e-3", "--option", "scale_rate=1e-2")
@@ -49,7 +50,7 @@ def test_train_makes_an_artifact_that_tells_how_it_went(run: Run, photos: Path, 
     assert answer.json["labels"] == "used"
     assert answer.json["top1"] is not None
     assert "steps of 8 of 20 images, with labels" in answer.err
-    log = vitq.artifact.schema.read(out / "config.json").log["train"]
+    log = vitq.artifact.schema.read(out / "config.json").log["train"][0]
     assert log["steps"] == 6
     assert [step for step, _ in log["curve"]] == [1, 2, 3, 4, 5, 6]
     assert not list(tmp_path.glob("out.training*"))
@@ -116,8 +117,23 @@ def interrupted(run: Run, photos: Path, tmp_path: Path, monkeypatch: pytest.Monk
 def test_an_interrupted_run_is_neither_forgotten_nor_mixed_up(run: Run, photos: Path, interrupted: Path) -> None:
     assert "--resume" in run(*words(photos, interrupted)).error
     assert "another settings" in run(*words(photos, interrupted, "--resume", "--epochs", 2)).error
-    assert "another recipe" in run(*words(photos, interrupted, "--resume", "--bits", "w3a3")).error
+    assert (
+        "another model or calibration, recipe" in run(*words(photos, interrupted, "--resume", "--bits", "w3a3")).error
+    )
+    state = interrupted.with_name("out.training.0")
+    assert "crop" in run(*words(photos, interrupted, "--force", "--augment", "crops")).error
+    assert state.exists(), "what is refused forgets nothing"
+    assert "another data" in run(*words(photos, interrupted, "--resume", "--augment", "crop")).error
+    notes = interrupted.with_name("out.training.log")
+    notes.write_text("my own")
     assert run(*words(photos, interrupted, "--force")).code == 0
+    assert not state.exists()
+    assert notes.read_text() == "my own"
+
+
+def test_later_evaluation_leaves_out_what_was_trained_on(run: Run, photos: Path, tmp_path: Path) -> None:
+    assert run(*words(photos, tmp_path / "out")).code == 0
+    assert "every image was calibrated on" in run("evaluate", tmp_path / "out", "--data", photos / "calib").error
 
 
 def test_resume_begins_where_nothing_was_interrupted(run: Run, photos: Path, tmp_path: Path) -> None:

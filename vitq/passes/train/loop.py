@@ -9,11 +9,13 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from vitq.core.batches import moved
 from vitq.core.errors import MissingExtraError
 from vitq.core.progress import Progress
 from vitq.core.training import Draw, Training
@@ -21,7 +23,7 @@ from vitq.passes.train.keep import Keeper, put_back, state_of
 
 POINTS = 100  # of the curve
 WINDOW = 10  # steps
-DIVERGED = 2.0  # times the first step's loss, in the mean of the last window: that is worse than not training
+DIVERGED = 3.0  # times the loss before training, in the mean of a window: that is worse than not training
 
 Part = tuple[Sequence[Draw], Any, Tensor | None]  # of a batch: which examples, inputs, labels
 
@@ -45,11 +47,13 @@ class Group:
 
     Attributes:
         rate: of AdamW, constant.
-        least: by name, what a parameter is kept above (steps of a quantizer), element by element.
+        sizes: by name, what each element's rate is multiplied by.
+        least: by name, what each element is kept above.
     """
 
     rate: float
     params: dict[str, nn.Parameter]
+    sizes: dict[str, Tensor] = field(default_factory=dict)
     least: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -59,12 +63,15 @@ class Course:
 
     Attributes:
         step: how many are done.
+        start: the mean loss of the first window's examples before any step.
         curve: [step, part of the loss -> mean since the point before].
-        diverged: the step at which the loss was no number or too large, None if it never was. The parameters are then
-            those of the step `good`.
+        losses: of the last window.
+        good: the step whose parameters stay if the run diverges: the window behind it was not worse than the start.
+        diverged: the step at which it did, None if it never did.
     """
 
     step: int = 0
+    start: float = 0.0
     curve: list[Any] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     since: dict[str, float] = field(default_factory=dict)
@@ -72,9 +79,9 @@ class Course:
     diverged: int | None = None
 
     def add(self, parts: Mapping[str, float], every: int) -> None:
-        """Note a step's loss."""
+        """Note a step's loss, a finite one."""
         self.step += 1
-        self.losses.append(sum(parts.values()))
+        self.losses = [*self.losses, sum(parts.values())][-WINDOW:]
         for name, value in parts.items():
             self.since[name] = self.since.get(name, 0.0) + value
         if self.step % every == 0:
@@ -84,11 +91,8 @@ class Course:
 
     @property
     def bad(self) -> bool:
-        """Whether the last loss is no number, or the last window's mean far above the first."""
-        if not math.isfinite(self.losses[-1]):
-            return True
-        last = self.losses[-WINDOW:]
-        return len(last) == WINDOW and sum(last) / WINDOW > DIVERGED * self.losses[0]
+        """Whether the last window is far above the start."""
+        return len(self.losses) == WINDOW and sum(self.losses) / WINDOW > DIVERGED * self.start
 
 
 class Loop:
@@ -99,106 +103,151 @@ class Loop:
         loss: what is made small.
         training: how long, and on what.
         seed: of the order of examples.
+        device: where the model is.
     """
 
     def __init__(
         self, groups: Sequence[Group], loss: Loss, training: Training, seed: int, device: torch.device
     ) -> None:
-        self.groups, self.loss, self.training, self.device = list(groups), loss, training, device
-        self.batches = training.batches(seed)
+        self.groups, self.loss, self.training, self.seed, self.device = list(groups), loss, training, seed, device
         self.params = {name: p for group in groups for name, p in group.params.items()}
         rates = [{"params": list(group.params.values()), "lr": group.rate} for group in groups]
         self.optimizer = torch.optim.AdamW(rates, weight_decay=0.0)
-        self.crew = crew(training.precision, device)
+        self.crew = crew(device)
 
     def run(self, keeper: Keeper, progress: Progress) -> Course:
         """Train, or go on with a run that was kept."""
-        course, good = Course(), {name: p.detach().clone() for name, p in self.params.items()}
+        course, good, next_good = Course(), self._copy(), self._copy()
         kept = keeper.read() if self.training.resume else None
-        if kept is not None:
+        if kept is None:
+            course.start = self._start()
+        else:
             tensors, told = kept
-            good |= {name[5:]: tensors.pop(name) for name in list(tensors) if name.startswith("good|")}
-            put_back(tensors, self.params, self.optimizer)
+            for prefix, copy in (("good|", good), ("next|", next_good)):
+                copy |= {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+            put_back(
+                {n: t for n, t in tensors.items() if not n.startswith(("good|", "next|"))}, self.params, self.optimizer
+            )
             course = Course(**told)
-        total, written = len(self.batches), time.monotonic()
+        total, written = self.training.steps, time.monotonic()
         every = max(1, total // POINTS)
         with progress.task("training", total) as task:
             task.advance(course.step)
-            for draws, parts in self._steps(course.step):
-                if course.diverged is not None:
-                    break
-                course.add(self._step(draws, parts), every)
-                if course.bad:
+            for draws, parts in self._steps(course.step) if course.diverged is None else ():
+                means = self._step(draws, parts)
+                if means is not None:
+                    course.add(means, every)
+                if means is None or course.bad:
                     self._restore(good)
-                    course.diverged = course.step
+                    course.diverged = course.step + (means is None)
                 elif course.step % WINDOW == 0:
-                    good, course.good = {name: p.detach().clone() for name, p in self.params.items()}, course.step
+                    good, next_good, course.good = next_good, self._copy(), course.step - WINDOW
                 done = course.step == total or course.diverged is not None
                 if self.crew.is_main_process and (done or time.monotonic() - written > self.training.every):
-                    state = state_of(self.params, self.optimizer) | {f"good|{name}": t for name, t in good.items()}
-                    keeper.write(state, vars(course))
+                    state = state_of(self.params, self.optimizer)
+                    state |= {f"good|{name}": t for name, t in good.items()}
+                    keeper.write(state | {f"next|{name}": t for name, t in next_good.items()}, vars(course))
                     written = time.monotonic()
                 task.advance()
+                if done:
+                    break
+        self.optimizer.zero_grad(set_to_none=True)
         return course
 
     def _steps(self, done: int) -> Iterator[tuple[list[Draw], list[Part]]]:
         """(draws of a step, its micro-batches of this process) for every step that is left."""
-        rank, many = self.crew.process_index, self.crew.num_processes
-        mine = [draws[rank::many] for draws in self.batches[done:]]
-        size = self.training.micro_batch
-        parts = [[draws[at : at + size] for at in range(0, len(draws), size)] for draws in mine]
-        stream = self.training.examples.stream([part for each in parts for part in each])
-        for draws, each in zip(self.batches[done:], parts, strict=True):
-            yield draws, [(part, *next(stream)) for part in each]
+        rank, many, size = self.crew.process_index, self.crew.num_processes, self.training.micro_batch
+        for epoch in range(self.training.epochs):
+            batches = self.training.batches(self.seed, epoch)
+            skipped, done = min(done, len(batches)), max(0, done - len(batches))
+            batches = batches[skipped:]
+            mine = [draws[rank::many] for draws in batches]
+            parts = [[draws[at : at + size] for at in range(0, len(draws), size)] for draws in mine]
+            stream = self.training.examples.stream([part for each in parts for part in each])
+            for draws, each in zip(batches, parts, strict=True):
+                yield draws, [self._part(part, *next(stream)) for part in each]
 
-    def _step(self, draws: Sequence[Draw], parts: Sequence[Part]) -> dict[str, float]:
-        """One step of the optimizer; the mean loss by part."""
+    def _part(self, draws: Sequence[Draw], inputs: Any, labels: Tensor | None) -> Part:
+        return draws, moved(inputs, self.device), labels if labels is None else labels.to(self.device)
+
+    @torch.no_grad()
+    def _start(self) -> float:
+        """The mean loss over the first window's examples, before any step."""
+        total, count = 0.0, 0
+        for draws, parts in islice(self._steps(0), WINDOW):
+            told = self._told()
+            for some, inputs, labels in parts:
+                for name, value in self.loss(inputs, labels, some).items():
+                    told[name] += value
+            total += sum(self._over_processes(told, []).values())
+            count += len(draws)
+        return total / count
+
+    def _told(self) -> dict[str, Tensor]:
+        return {name: torch.zeros((), device=self.device) for name in self.loss.parts}
+
+    def _step(self, draws: Sequence[Draw], parts: Sequence[Part]) -> dict[str, float] | None:
+        """One step of the optimizer; the mean loss by part, None if it or a gradient is no number: no step then."""
         self.optimizer.zero_grad(set_to_none=True)
-        told = {name: torch.zeros((), device=self.device) for name in self.loss.parts}
+        told = self._told()
         for some, inputs, labels in parts:
-            with torch.enable_grad(), self.crew.autocast():
+            with torch.enable_grad():
                 found = self.loss(inputs, labels, some)
                 (sum(found.values(), torch.zeros((), device=self.device)) / len(draws)).backward()
             for name, value in found.items():
-                told[name] = told[name] + value.detach() / len(draws)
-        means = self._over_processes(told)
-        if all(math.isfinite(value) for value in means.values()):
-            self.optimizer.step()
-            for group in self.groups:
-                for name, least in group.least.items():
-                    group.params[name].data.clamp_(min=least)
-        return means
-
-    def _over_processes(self, told: dict[str, Tensor]) -> dict[str, float]:
-        """Add gradients and losses of all processes."""
+                told[name] += value.detach() / len(draws)
         if self.crew.num_processes > 1:
             for parameter in self.params.values():
                 if parameter.grad is None:  # in the others it may have one
                     parameter.grad = torch.zeros_like(parameter)
-            grads = [p.grad for p in self.params.values() if p.grad is not None]
+        grads = [p.grad for p in self.params.values() if p.grad is not None]
+        means = self._over_processes(told, grads)
+        finite = torch.stack([torch.isfinite(grad).all() for grad in grads]).all() if grads else True
+        if not all(math.isfinite(value) for value in means.values()) or not bool(finite):
+            return None
+        self._update()
+        return means
+
+    @torch.no_grad()
+    def _update(self) -> None:
+        before = {name: group.params[name].clone() for group in self.groups for name in group.sizes}
+        self.optimizer.step()
+        for group in self.groups:
+            for name, size in group.sizes.items():
+                parameter = group.params[name]
+                parameter.copy_(before[name] + (parameter - before[name]) * size)
+            for name, least in group.least.items():
+                group.params[name].clamp_(min=least)
+
+    def _over_processes(self, told: Mapping[str, Tensor], grads: Sequence[Tensor]) -> dict[str, float]:
+        """Add gradients and losses of all processes."""
+        if self.crew.num_processes > 1:
+            from accelerate.utils import reduce
+
             flat = torch.cat([g.flatten() for g in grads] + [v.reshape(1) for v in told.values()])
-            flat = self.crew.reduce(flat, "sum")
+            flat = reduce(flat, "sum")
             for grad, part in zip(grads, flat.split([g.numel() for g in grads] + [1] * len(told)), strict=False):
                 grad.copy_(part.view_as(grad))
             told = dict(zip(told, flat[len(flat) - len(told) :], strict=True))
         return {name: float(value) for name, value in told.items()}
 
+    def _copy(self) -> dict[str, Tensor]:
+        return {name: p.detach().clone() for name, p in self.params.items()}
+
     @torch.no_grad()
     def _restore(self, good: Mapping[str, Tensor]) -> None:
         for name, parameter in self.params.items():
-            parameter.data.copy_(good[name])
+            parameter.copy_(good[name])
 
 
-def crew(precision: str, device: torch.device) -> Any:
+def crew(device: torch.device) -> Any:
     """Accelerate's view of this process among those that `accelerate launch` has started.
 
     Raises:
         MissingExtraError: Accelerate is not installed.
     """
     try:
-        from accelerate import Accelerator
-        from accelerate.state import AcceleratorState
+        from accelerate import PartialState
     except ImportError as error:
         raise MissingExtraError("accelerate", "train", "training") from error
-    AcceleratorState._reset_state()  # a run before this one may have had another precision
-    return Accelerator(mixed_precision=precision, cpu=device.type == "cpu")
+    return PartialState(cpu=device.type == "cpu")

@@ -13,29 +13,31 @@ norms stay.
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, final
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitq.core.batches import Batches
-from vitq.core.errors import CompositionError, DataError
+from vitq.core.errors import CompositionError, DataError, InputError
 from vitq.core.progress import Progress
 from vitq.core.qmodel import QuantModel
 from vitq.core.recipe import ACT_SCALES, PASSES, WEIGHT_SCALES
 from vitq.core.roles import WEIGHT
 from vitq.core.training import Draw, Training, TrainingPass
 from vitq.passes.train.keep import Keeper
-from vitq.passes.train.loop import Course, Group, Loop
+from vitq.passes.train.loop import Course, Group, Loop, crew
 from vitq.passes.train.recompute import recomputed
-from vitq.passes.train.teacher import Teacher, Watched
+from vitq.passes.train.teacher import Teacher, Watched, heads_of
 from vitq.quantizers.base import Quantizer
 
 LEAST = 0.01  # of its first value: a scale stays above
-LOOKED_AT = 4096  # examples for the main directions
 WEIGHTS = ("float", "learn", "fixed")
 
 
@@ -83,81 +85,116 @@ class Train(TrainingPass):
             self.drops = frozenset({WEIGHT_SCALES})
 
     def check(self, qmodel: QuantModel, data: Batches | None) -> None:
-        """Refuse to work without examples, or without anything to learn from."""
-        if self.training is None and (data is None or data.count == 0):
-            raise DataError("training needs images; give data= (or --train)")
+        """Refuse to work without examples, something to train, or anything to learn from."""
+        if data is None or data.count == 0:
+            raise DataError("training needs calibration images, too; give data= (or --calib, --train)")
+        crew(device_of(qmodel))
+        if self._idle(qmodel):
+            return
+        if not self._trained(qmodel):
+            raise CompositionError("training: there is nothing to train: parameters are frozen or their rates are 0")
+        if any(p.dtype in (torch.float16, torch.bfloat16) for p in qmodel.model.parameters()):
+            raise InputError(
+                "training takes models in float32: steps are smaller than half precision resolves; use model.float()"
+            )
         labelled = self.training is not None and self.training.examples.labelled
-        if not (self.parts["features"] or self.parts["logits"] or labelled):
+        if self.parts["labels"] and not (self.parts["features"] or self.parts["logits"] or labelled):
             raise DataError(
                 "the loss is the cross-entropy alone, and the examples have no labels; give labels, or another loss"
+            )
+        there = {"features": bool(heads_of(qmodel.graph, qmodel.model)), "labels": labelled, "logits": True}
+        if not any(weight and there[name] for name, weight in self.parts.items()):
+            raise CompositionError(
+                "training: this model has no head of one layer whose input could be compared with the float model's; "
+                "give logits a weight, or examples labels"
             )
 
     def run(self, qmodel: QuantModel, data: Batches | None, progress: Progress) -> None:
         """Train.
 
         Raises:
-            CompositionError: the model has neither features before a head nor logits for the loss.
+            CompositionError: labels or logits are to be compared, and the model returns no logits.
         """
         assert data is not None
-        if self.weights == "float" and all(site.role == WEIGHT for site in qmodel.sites()):
-            qmodel.log[self.name] = {"steps": 0, "why": "activations are in float: there is nothing to train"}
-            return
-        training = self.training or Training.on(data)
-        device = next(qmodel.model.parameters()).device
-        teacher = Teacher(qmodel, data.forward, training.examples, training.epochs)
-        basis = None
-        if self.parts["features"]:
-            basis = teacher.basis(training.examples, self.variance, LOOKED_AT, training.micro_batch)
-        loss = Distance(Watched(qmodel, data.forward), teacher, basis, self._weights_of(training, basis is not None))
-        weights = qmodel.sites(WEIGHT)
+        told: dict[str, Any] = {"steps": 0, "why": "activations are in float: there is nothing to train"}
+        if not self._idle(qmodel):
+            told = self._train(qmodel, data, progress)
+        qmodel.log.setdefault(self.name, []).append(told)
+
+    def _train(self, qmodel: QuantModel, data: Batches, progress: Progress) -> dict[str, Any]:
+        training, device = self.training or Training.on(data), device_of(qmodel)
+        fingerprint = self._fingerprint(qmodel, training)
+        heads = heads_of(qmodel.graph, qmodel.model)
+        watched = Watched(self.teacher or float_copy(qmodel), heads, data.forward)
+        teacher = Teacher(watched, training, device)
+        bases = teacher.bases(self.variance, qmodel.plan.seed) if self.parts["features"] and heads else []
+        there = {"features": bool(bases), "labels": training.examples.labelled, "logits": True}
+        weights = {name: weight for name, weight in self.parts.items() if weight and there[name]}
+        autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=training.precision == "bf16")
+        loss = Distance(Watched(qmodel.model, heads, data.forward), teacher, bases, weights, autocast)
+        sites = qmodel.sites(WEIGHT)
         if self.weights == "float":
-            qmodel.set_state("off", weights)
-        groups = self._groups(qmodel)
-        loop = Loop(groups, loss, training, qmodel.plan.seed, device)
+            qmodel.set_state("off", sites)
+        loop = Loop(self._groups(qmodel), loss, training, qmodel.plan.seed, device)
         with recomputed(qmodel, training.recompute):
-            course = loop.run(Keeper(training.file, self._fingerprint(qmodel, training)), progress)
+            course = loop.run(Keeper(training.file, fingerprint), progress)
         for site in qmodel.sites():
             qmodel.quantizers[site].freeze()
-        for site in weights if self.weights == "float" else ():
+        for site in sites if self.weights == "float" else ():
             qmodel.quantizers[site].unfit()
-        qmodel.log[self.name] = report(course, training, loss)
+        return report(course, training, loss)
 
-    def _weights_of(self, training: Training, has_features: bool) -> dict[str, float]:
-        there = {"features": has_features, "labels": training.examples.labelled, "logits": True}
-        return {name: weight for name, weight in self.parts.items() if weight and there[name]}
+    def _idle(self, qmodel: QuantModel) -> bool:
+        """Whether weights are to be trained for activations that are in float."""
+        return self.weights == "float" and all(site.role == WEIGHT for site in qmodel.sites())
+
+    def _trained(self, qmodel: QuantModel) -> list[str]:
+        """Names of what is trained: parameters, and sites whose scales are."""
+        free = [name for name, p in qmodel.model.named_parameters() if p.requires_grad]
+        scales = [site.id for site in qmodel.sites() if site.role != WEIGHT or self.weights == "learn"]
+        return (free if self.weights != "fixed" and self.rate else []) + (scales if self.scale_rate else [])
 
     def _groups(self, qmodel: QuantModel) -> list[Group]:
-        """What is trained: parameters, and scales of which each has its own size."""
-        groups = []
-        if self.weights != "fixed" and self.rate:
-            free = {name: p for name, p in qmodel.model.named_parameters() if p.requires_grad}
-            groups.append(Group(self.rate, free))
-        for site in qmodel.sites() if self.scale_rate else ():
+        names = set(self._trained(qmodel))
+        free = {name: p for name, p in qmodel.model.named_parameters() if name in names}
+        scales: dict[str, nn.Parameter] = {}
+        for site in qmodel.sites():
             quantizer = qmodel.quantizers[site]
-            is_weight = site.role == WEIGHT
-            if not isinstance(quantizer, Quantizer) or (is_weight and self.weights != "learn"):
+            if site.id not in names or not isinstance(quantizer, Quantizer):
                 continue
+            quantizer.rounded = None  # codes that a pass chose are not those of weights that move
             quantizer.learn()
-            for name in quantizer.learned:
-                scale = getattr(quantizer, name)
-                full = f"{site.id}|{name}"
-                rate = self.scale_rate * float(scale.detach().abs().mean())
-                groups.append(Group(rate, {full: scale}, {full: LEAST * scale.detach().clone()}))
-        return groups
+            scales |= {f"{site.id}|{name}": getattr(quantizer, name) for name in quantizer.learned}
+        sizes = {name: scale.detach().abs().clone() for name, scale in scales.items()}
+        least = {name: LEAST * size for name, size in sizes.items()}
+        groups = [Group(self.rate, free), Group(self.scale_rate, scales, sizes, least)]
+        return [group for group in groups if group.params]
 
     def _fingerprint(self, qmodel: QuantModel, training: Training) -> dict[str, str]:
         settings = (training.epochs, training.batch_size, training.micro_batch, training.precision, training.recompute)
         digest = hashlib.sha256()
-        for name, value in qmodel.model.state_dict().items():
+        for name, value in qmodel.state_dict().items():  # scales too: they are what calibration images made
             digest.update(f"{name} {tuple(value.shape)}".encode())
             digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         plan = hashlib.sha256(str(qmodel.plan).encode()).hexdigest()
         return {
-            "model": digest.hexdigest(),
             "recipe": plan,
+            "model or calibration": digest.hexdigest(),
             "data": training.examples.digest(),
             "settings": str(settings),
         }
+
+
+def device_of(qmodel: QuantModel) -> torch.device:
+    """Where the model is."""
+    return next((p.device for p in qmodel.model.parameters()), torch.device("cpu"))
+
+
+def float_copy(qmodel: QuantModel) -> nn.Module:
+    """The model as it is, with its quantizers off."""
+    own = copy.deepcopy(qmodel)
+    own.set_state("off")
+    return own.model
 
 
 class Distance:
@@ -165,36 +202,40 @@ class Distance:
 
     Args:
         student: the quantized model.
-        basis: (d, k) directions along which features are compared.
+        bases: for each head (d, k) directions along which its features are compared.
         weights: part -> its weight.
+        autocast: what the student runs in; the rest is float32.
     """
 
-    def __init__(self, student: Watched, teacher: Teacher, basis: Tensor | None, weights: dict[str, float]) -> None:
-        self.student, self.teacher, self.basis, self.weights = student, teacher, basis, weights
-        self.parts = tuple(weights)
-        if not weights:
-            raise CompositionError(
-                "training: this model has no head whose input could be compared with the float model's"
-            )
+    def __init__(
+        self,
+        student: Watched,
+        teacher: Teacher,
+        bases: list[Tensor],
+        weights: dict[str, float],
+        autocast: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        self.student, self.teacher, self.bases, self.weights = student, teacher, bases, weights
+        self.parts, self.autocast = tuple(weights), autocast
 
     def __call__(self, inputs: Any, labels: Tensor | None, draws: Sequence[Draw]) -> dict[str, Tensor]:
-        """Its parts, summed over these examples."""
+        """Its parts, summed over these examples; features are compared in the mean over tokens."""
         wanted, float_logits = self.teacher(inputs, draws)
-        features, logits = self.student(inputs)
+        with self.autocast():
+            features, logits = self.student(inputs)
         parts: dict[str, Tensor] = {}
         if "features" in self.weights:
-            assert features is not None
-            assert wanted is not None
-            assert self.basis is not None
-            parts["features"] = ((features - wanted) @ self.basis).square().sum()
+            pairs = zip(features, wanted, self.bases, strict=True)
+            far = [((f - to) @ basis).square().sum() / f.shape[1] for f, to, basis in pairs]
+            parts["features"] = torch.stack(far).sum()
         if {"labels", "logits"} & self.weights.keys() and (logits is None or float_logits is None):
             raise CompositionError(
                 "training: the model returns no logits (B, classes), which labels and logits compare"
             )
         if "labels" in self.weights and logits is not None and labels is not None:
-            parts["labels"] = F.cross_entropy(logits.float(), labels.to(logits.device), reduction="sum")
+            parts["labels"] = F.cross_entropy(logits, labels, reduction="sum")
         if "logits" in self.weights and logits is not None and float_logits is not None:
-            log_p, log_q = float_logits.float().log_softmax(1), logits.float().log_softmax(1)
+            log_p, log_q = float_logits.log_softmax(1), logits.log_softmax(1)
             parts["logits"] = (log_p.exp() * (log_p - log_q)).sum()
         return {name: self.weights[name] * value for name, value in parts.items()}
 
@@ -202,12 +243,13 @@ class Distance:
 def report(course: Course, training: Training, loss: Distance) -> dict[str, Any]:
     """How a run went, for the artifact."""
     told: dict[str, Any] = {
+        "start": course.start,
         "examples": len(training.examples),
         "epochs": training.epochs,
         "batch_size": training.batch_size,
         "steps": course.step,
         "loss": loss.weights,
-        "directions": None if loss.basis is None else loss.basis.shape[1],
+        "directions": [basis.shape[1] for basis in loss.bases],
         "curve": course.curve,
     }
     if course.diverged is not None:

@@ -1,116 +1,121 @@
-"""The float model as a teacher: its features before the head, and their main directions.
+"""The float model as a teacher: its features before the heads, and their main directions.
 
-Shapes:  features (B, d), d over all heads side by side    logits (B, classes)    basis (d, k)
+Shapes:  features   for each head (B, T, d), T tokens (1 behind a pooling)    logits (B, classes)    basis (d, k)
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from vitq.calibrate.moments import Moments
-from vitq.core.batches import ForwardFn
-from vitq.core.qmodel import QuantModel
+from vitq.core.batches import ForwardFn, leading_size, moved
 from vitq.core.roles import HEAD_IN
-from vitq.core.training import Draw, Examples
-from vitq.quantizers.common import AnyQuantizer
+from vitq.core.site import Graph
+from vitq.core.training import Draw, Training, order_of
 
 ROUND_TO = 32  # directions, as in the paper
 NOTHING = 1e-6  # of the largest variance: moments are sums of float32 products
+LOOKED_AT = 4096  # examples for the main directions
 KEPT = 2**28  # bytes of targets that are kept instead of computed again
+
+Made = tuple[list[Tensor], Tensor | None]  # features, logits
+
+
+def heads_of(graph: Graph, model: nn.Module) -> list[str]:
+    """Modules whose input is compared: heads that are one layer each, quantized or not."""
+    owners = dict.fromkeys(site.owner for site in graph.with_roles(HEAD_IN))
+    return [name for name in owners if name and not any(model.get_submodule(name).children())]
 
 
 class Watched:
-    """A model whose features are seen while it runs.
+    """A model whose features are seen while it runs; they are float32 whatever it computes in.
 
     Args:
-        qmodel: its heads are the products whose inputs have the role HEAD_IN.
+        heads: modules.
     """
 
-    def __init__(self, qmodel: QuantModel, forward: ForwardFn) -> None:
-        self.qmodel, self.forward = qmodel, forward
-        self.heads = [site.id for site in qmodel.sites(HEAD_IN)]
-        self._seen: dict[str, Tensor] = {}
+    def __init__(self, model: nn.Module, heads: Sequence[str], forward: ForwardFn) -> None:
+        self.model, self.heads, self.forward = model, list(heads), forward
 
-    def __call__(self, inputs: Any) -> tuple[Tensor | None, Tensor | None]:
-        """(features, logits); None for what the model does not have."""
-        for name in self.heads:
-            self.qmodel.quantizers[name].observer = self._look(name)
-        try:
-            out = self.forward(self.qmodel.model, inputs)
-        finally:
-            for name in self.heads:
-                self.qmodel.quantizers[name].observer = None
-        seen = [self._seen.pop(name) for name in self.heads if name in self._seen]
+    def __call__(self, inputs: Any) -> Made:
+        """Features, and logits where the model returns such."""
+        seen: dict[str, Tensor] = {}
+        with self._watching(seen):
+            out = self.forward(self.model, inputs)
+        count = leading_size(inputs)
+        features = [seen[name].float().reshape(count, -1, seen[name].shape[-1]) for name in self.heads if name in seen]
         tensors = [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor) and t.is_floating_point()]
-        logits = tensors[0] if tensors and tensors[0].ndim == 2 else None
-        return (torch.cat([t.flatten(1).float() for t in seen], dim=1) if seen else None), logits
+        return features, tensors[0].float() if tensors and tensors[0].ndim == 2 else None
 
-    def _look(self, name: str) -> Any:
-        def look(quantizer: AnyQuantizer, x: Tensor) -> None:
-            self._seen[name] = x
+    @contextmanager
+    def _watching(self, seen: dict[str, Tensor]) -> Iterator[None]:
+        def look(name: str) -> Any:
+            return lambda module, args: seen.update({name: args[0]})
 
-        return look
+        handles = [self.model.get_submodule(name).register_forward_pre_hook(look(name)) for name in self.heads]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 class Teacher:
     """What the float model makes of the examples.
 
     Args:
-        qmodel: copied as it is, with its quantizers off.
-        examples: where each looks the same in every epoch, what was made of it is kept, if there is room.
+        model: the float model, watched.
+        training: where each example looks the same in every epoch, what the model makes of all of them is computed
+            once, before training, if there is room.
     """
 
-    def __init__(self, qmodel: QuantModel, forward: ForwardFn, examples: Examples, epochs: int) -> None:
-        own = copy.deepcopy(qmodel)
-        own.set_state("off")
-        self.model = Watched(own, forward)
-        self.kept: dict[int, list[Tensor | None]] | None = {} if examples.fixed and epochs > 1 else None
+    def __init__(self, model: Watched, training: Training, device: torch.device) -> None:
+        self.model, self.training, self.device = model, training, device
+        self.kept: list[Made] | None = None
+        if training.examples.fixed and training.epochs > 1:
+            self.kept = self._all()
 
     @torch.no_grad()
-    def __call__(self, inputs: Any, draws: Sequence[Draw]) -> tuple[Tensor | None, Tensor | None]:
-        """(features, logits) of these examples."""
-        if self.kept is not None and all(number in self.kept for _, number in draws):
-            rows = [self.kept[number] for _, number in draws]
-            features, logits = (_stacked([row[part] for row in rows]) for part in (0, 1))
-            return features, logits
-        made = self.model(inputs)
-        if self.kept is not None:
-            each = sum(t.nbytes for t in made if t is not None) // len(draws)
-            if (len(self.kept) + len(draws)) * each > KEPT:
-                self.kept = None
-            else:
-                for at, (_, number) in enumerate(draws):
-                    self.kept[number] = [None if t is None else t[at].clone() for t in made]
-        return made
+    def __call__(self, inputs: Any, draws: Sequence[Draw]) -> Made:
+        """Features and logits of these examples."""
+        if self.kept is None:
+            return self.model(inputs)
+        rows = [self.kept[number] for _, number in draws]
+        features = [torch.stack(each) for each in zip(*(row[0] for row in rows), strict=True)]
+        logits = [row[1] for row in rows if row[1] is not None]
+        return features, torch.stack(logits) if logits else None
 
-    @torch.no_grad()
-    def basis(self, examples: Examples, share: float, count: int, batch: int) -> Tensor | None:
-        """The directions that have this share of the features' variance; None where there are no features.
-
-        Args:
-            count: examples to look at.
-        """
-        moments: Moments | None = None
-        numbers = [(0, number) for number in range(min(count, len(examples)))]
-        draws = [numbers[at : at + batch] for at in range(0, len(numbers), batch)]
-        for inputs, _ in examples.stream(draws):
-            features, _ = self.model(inputs)
-            if features is None:
+    def _all(self) -> list[Made] | None:
+        kept: list[Made] = []
+        for features, logits in self._in_order(range(len(self.training.examples))):
+            size = sum(t.nbytes for t in (*features, *(() if logits is None else (logits,))))
+            count = len(features[0]) if features else 0 if logits is None else len(logits)
+            if not count or size / count * len(self.training.examples) > KEPT:
                 return None
-            moments = moments or Moments(features.shape[1], features.device)
-            moments.add(features)
-        return None if moments is None else principal(moments.covariance, share).float()
+            kept += [([t[at] for t in features], None if logits is None else logits[at]) for at in range(count)]
+        return kept
 
+    @torch.no_grad()
+    def _in_order(self, numbers: Sequence[int]) -> Iterator[Made]:
+        size = self.training.micro_batch
+        draws = [[(0, number) for number in numbers[at : at + size]] for at in range(0, len(numbers), size)]
+        for inputs, _ in self.training.examples.stream(draws):
+            yield self.model(moved(inputs, self.device))
 
-def _stacked(rows: list[Tensor | None]) -> Tensor | None:
-    there = [row for row in rows if row is not None]
-    return torch.stack(there) if there else None
+    def bases(self, share: float, seed: int) -> list[Tensor]:
+        """For each head the directions that have this share of its features' variance, on examples the seed draws."""
+        moments: list[Moments] = []
+        for features, _ in self._in_order(order_of(len(self.training.examples), seed)[:LOOKED_AT]):
+            moments = moments or [Moments(t.shape[-1], t.device) for t in features]
+            for each, rows in zip(moments, features, strict=True):
+                each.add(rows)
+        return [principal(each.covariance, share).float() for each in moments]
 
 
 def principal(covariance: Tensor, share: float) -> Tensor:
