@@ -15,14 +15,14 @@ from vitq.artifact import check_destination, save
 from vitq.cli import app as a
 from vitq.cli import work
 from vitq.cli.console import Say, check_outputs, command, peak_rss_mb, write_json
-from vitq.cli.recipes import parse_options, recipe_of
+from vitq.cli.recipes import Asked
 from vitq.core.batches import Batches
 from vitq.core.qmodel import QuantModel
 from vitq.data.images import ImageSet
 from vitq.data.preprocess import Preprocess
 from vitq.evaluate.classify import PairResult, evaluate_pair
 from vitq.evaluate.cost import float_forward_seconds
-from vitq.pipeline import quantize, resolve
+from vitq.pipeline import quantize
 
 HELP = """Quantize a model and save it as a packed artifact.
 
@@ -66,25 +66,17 @@ def quantize_command(
     """See HELP."""
     say = Say(quiet)
     check_outputs(json)
-    asked = {
-        "bits": bits,
-        "exclude": exclude or (),
-        "overrides": override or (),
-        "options": parse_options(option or ()),
-        "seed": seed,
-    }
-    found = recipe_of(recipe, asked["options"])  # type: ignore[arg-type]
-    plan = resolve(found, **asked)  # type: ignore[arg-type]
+    asked = Asked.of(recipe, bits, option, exclude, override, seed)
     check_destination(out, force=force)
     where = work.choose_device(device)
     loaded = work.open_model(model, checkpoint, where, say)
     preprocess = work.need_preprocess(loaded.preprocess, model)
     data, images = work.calibration(calib, calib_size, seed, preprocess, where, skip_bad, say)
     scored = work.evaluation(eval_data, images, loaded.num_classes, skip_bad, say) if eval_data else None
-    say.note("passes: " + ", ".join(map(str, plan.passes)))
+    say.note("passes: " + ", ".join(map(str, asked.plan.passes)))
 
     start = time.perf_counter()
-    qmodel = quantize(loaded.model, found, data=data, progress=say, **asked)  # type: ignore[arg-type]
+    qmodel = quantize(loaded.model, asked.recipe, data=data, progress=say, **asked.more)
     result = about(qmodel, loaded.model, data, time.perf_counter() - start) | {"model": model, "device": str(where)}
     qmodel.source, qmodel.preprocess = loaded.source, preprocess.to_dict()
     qmodel.provenance = work.provenance(images, calib, seed)

@@ -6,13 +6,16 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
 from vitq.core.errors import InputError, UnknownNameError, VitqError
 from vitq.core.format import Scalar
+from vitq.core.plan import Plan
 from vitq.core.recipe import RECIPES, Recipe, RecipeFn
+from vitq.pipeline import resolve
 
 
 def recipe_of(spec: str, options: Mapping[str, Scalar]) -> str | RecipeFn:
@@ -48,6 +51,37 @@ def parse_options(pairs: Sequence[str]) -> dict[str, Scalar]:
             raise InputError(f"option {pair!r} is not KEY=VALUE; write for example parity=true")
         options[key] = _scalar(value)
     return options
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How a command was told to quantize.
+
+    Attributes:
+        recipe: a name or a function.
+        more: the keywords of `quantize` and `resolve` beside the recipe.
+        plan: what that comes to.
+    """
+
+    recipe: str | RecipeFn
+    more: dict[str, Any]
+    plan: Plan
+
+    @classmethod
+    def of(
+        cls,
+        recipe: str,
+        bits: str,
+        options: Sequence[str] | None,
+        exclude: Sequence[str] | None,
+        overrides: Sequence[str] | None,
+        seed: int,
+    ) -> Asked:
+        """From command-line words, refused here if they cannot be."""
+        parsed = parse_options(options or ())
+        more = {"bits": bits, "exclude": exclude or (), "overrides": overrides or (), "options": parsed, "seed": seed}
+        found = recipe_of(recipe, parsed)
+        return cls(found, more, resolve(found, **more))  # type: ignore[arg-type]
 
 
 def _scalar(text: str) -> Scalar:

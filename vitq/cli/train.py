@@ -15,12 +15,12 @@ from vitq.cli import app as a
 from vitq.cli import work
 from vitq.cli.console import Say, check_outputs, command, write_json
 from vitq.cli.quantize import Finish, about, report
-from vitq.cli.recipes import parse_options, recipe_of
+from vitq.cli.recipes import Asked
 from vitq.core.errors import InputError
 from vitq.core.training import EVERY, Training, TrainingPass
 from vitq.data.examples import ImageExamples
 from vitq.data.images import open_images
-from vitq.pipeline import quantize, resolve
+from vitq.pipeline import quantize
 
 REMEMBERED = 10_000  # images whose digests an artifact holds
 
@@ -87,17 +87,9 @@ def train_command(
     check_outputs(json)
     if labels not in ("auto", "none"):
         raise InputError(f"--labels {labels!r}: use auto or none")
-    asked = {
-        "bits": bits,
-        "exclude": exclude or (),
-        "overrides": override or (),
-        "options": parse_options(option or ()),
-        "seed": seed,
-    }
-    found = recipe_of(recipe, asked["options"])  # type: ignore[arg-type]
-    plan = resolve(found, **asked)  # type: ignore[arg-type]
+    asked = Asked.of(recipe, bits, option, exclude, override, seed)
     state = out.parent / f"{out.name}.training"
-    trains = [spec for spec in plan.passes if issubclass(type(spec.build()), TrainingPass)]
+    trains = [spec for spec in asked.plan.passes if isinstance(spec.build(), TrainingPass)]
     states = [out.parent / f"{state.name}.{number}" for number in range(len(trains))]
     if rank == 0:
         check_destination(out, force=force)
@@ -120,13 +112,13 @@ def train_command(
     )
     data, calib = work.calibration(train, min(calib_size, len(images)), seed, preprocess, where, False, say)
     scored = work.evaluation(eval_data, images, loaded.num_classes, False, say) if eval_data else None
-    say.note("passes: " + ", ".join(map(str, plan.passes)))
+    say.note("passes: " + ", ".join(map(str, asked.plan.passes)))
     say.note(f"{training.steps} steps of {train_batch} of {len(images)} images, {'with' if use else 'without'} labels")
 
     if rank == 0 and force and not resume:
         remove(states)
     start = time.perf_counter()
-    qmodel = quantize(loaded.model, found, data=data, progress=say, training=training, **asked)  # type: ignore[arg-type]
+    qmodel = quantize(loaded.model, asked.recipe, data=data, progress=say, training=training, **asked.more)
     seconds = time.perf_counter() - start
     if rank > 0:
         return

@@ -4,9 +4,9 @@ Source: Esser et al., Learned Step Size Quantization, ICLR 2020, arXiv 1902.0815
 
 Differs from the paper in that the float model's class probabilities are learned, too, so that it works without labels;
 in that activations have zero-points, which stay as the first fit chose them; in that scales begin where that fit put
-them (the paper: twice the mean magnitude over the root of the largest code); in that gradients of scales are not divided
-by how many values share them, which AdamW does not see; and in that inputs of the first layer have 8 bits and its
-weights and the head's those of all others (the paper: 8 bits for the first and the last layer).
+them (the paper: twice the mean magnitude over the root of the largest code); in that gradients of scales are not
+divided by how many values share them, which AdamW does not see; and in that the first layer's input alone has 8 bits
+(the paper: weights and inputs of the first and the last layer).
 """
 
 from __future__ import annotations
