@@ -39,8 +39,9 @@ from vitq.evaluate.predictions import Predictions, align, read_predictions, writ
 from vitq.report.table import append_rows, read_results
 
 PARITY = "repq_vit_parity"
-PEER = "repq-vit"
 REFERENCE = "repq_vit"
+# Recipe -> official code whose predictions are stored.
+PEERS = {REFERENCE: "repq-vit", PARITY: "repq-vit", "erq": "erq", "uq_vit": "uq-vit"}
 # Name in the tables -> recipe and options. Two switch one part of DopQ-ViT off; the last one leaves probabilities in
 # float, which is more than any format for them can reach.
 RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -49,6 +50,9 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "minmax": ("minmax", {}),
     "percentile": ("percentile", {}),
     "dopq_vit": ("dopq_vit", {}),
+    "erq": ("erq", {}),
+    "uq_vit": ("uq_vit", {}),
+    "vitq_calib": ("vitq_calib", {}),
     "dopq_vit_mean": ("dopq_vit", {"aggregate": "mean"}),
     "dopq_vit_log": ("dopq_vit", {"softmax": "logsqrt2"}),
     "repq_vit_softmax_float": ("repq_vit", {}),
@@ -160,7 +164,7 @@ class Bench:
                 append_rows(self.out / "accuracy.csv", rows[-1:], KEY)
             said = ", ".join(f"{s} {scores[seed, s].result.top1:.2f}" for s in self.splits)
             self.steps.step(f"{recipe} {bits} seed {seed}: top-1 {said} %, calibrated in {cost['seconds']:.1f} s")
-        if recipe in (REFERENCE, PARITY):
+        if recipe in PEERS:
             self.pair_with_official(recipe, bits, scores)
         if recipe == REFERENCE:
             self.references[bits] = scores
@@ -210,14 +214,14 @@ class Bench:
 
     def pair_with_official(self, recipe: str, bits: str, scores: dict[tuple[int, str], Scores]) -> None:
         """Ours minus official code, if its predictions are stored."""
-        theirs = {}
+        theirs, peer = {}, PEERS[recipe]
         for seed, split in scores:
-            file = self.shared.peers / split / f"{PEER}_{bits}_seed{seed}.csv"
+            file = self.shared.peers / split / f"{peer}_{bits}_seed{seed}.csv"
             if not file.exists():
                 self.steps.say(f"no {file.name} for {split}: {recipe} {bits} is not paired with official code")
                 return
             theirs[seed, split] = read_predictions(file)
-        self.pair(recipe, bits, scores, theirs, PEER, LIMITS.get(bits))
+        self.pair(recipe, bits, scores, theirs, peer, LIMITS.get(bits))
 
     def pair(
         self,

@@ -19,7 +19,7 @@ from vitq.report.table import markdown_table, read_results, replace_section
 ROOT = Path(__file__).resolve().parent.parent
 Row = dict[str, str]
 ELSEWHERE = ("dopq_vit_mean", "dopq_vit_log", "repq_vit_softmax_float")  # ablations: on the method's page
-OFFICIAL = "repq-vit"  # the peer in paired.csv that is official code
+OFFICIAL = ("repq-vit", "erq", "uq-vit")  # peers in paired.csv that are official code
 WORDS = {
     "quantize_forwards": "quantize, in float forwards of the calibration images",
     "quantize_forwards_first": "the same, first call of a process",
@@ -70,7 +70,7 @@ def accuracy(folder: Path) -> str | None:
     if not file.exists():
         return None
     rows = [row for row in widest(read_results(file)) if row["recipe"] not in ("float", *ELSEWHERE)]
-    pairs = [row for row in read_results(paired) if row["peer"] == OFFICIAL] if paired.exists() else []
+    pairs = [row for row in read_results(paired) if row["peer"] in OFFICIAL] if paired.exists() else []
     official = {name(row): row for row in widest(pairs)}
     table = []
     for row in sorted(rows, key=lambda row: (-int(row["bits"].partition("a")[2] or 0), row["bits"])):
