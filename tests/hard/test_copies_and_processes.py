@@ -23,6 +23,7 @@ CALIB, UNSEEN = seeded_images(8), seeded_images(4, seed=1)
 
 # One of two processes: DDP around a model in training, on its own half of the images.
 WORKER = """
+import os
 import sys
 import torch
 import torch.distributed as dist
@@ -70,8 +71,10 @@ torch.optim.SGD(wrapped.parameters(), lr=1e-4).step()
 for name, parameter in alone.items():
     a, b = both(parameter.data)
     assert torch.equal(a, b), f"{name}: parameters differ after a step"
+dist.barrier()
 dist.destroy_process_group()
-print("done", rank)
+print("done", rank, flush=True)
+os._exit(0)  # at the end of the interpreter, threads of the process group now and then abort
 """
 
 

@@ -177,7 +177,7 @@ def _gradient_beside(
     try:
         with torch.enable_grad(), _frozen(qmodel.model):
             outputs = _floats(data.forward(qmodel.model, few))
-            loss = sum((_divergence(out, to) for out, to in zip(outputs, wanted, strict=True)), torch.zeros(()))
+            loss = sum((divergence(out, to) for out, to in zip(outputs, wanted, strict=True)), torch.zeros(()))
     finally:
         handle.remove()
     if len(caught) != 1 or not loss.requires_grad:
@@ -186,7 +186,7 @@ def _gradient_beside(
     return gradient.float(), caught[0][1]
 
 
-def _divergence(out: Tensor, to: Tensor) -> Tensor:
+def divergence(out: Tensor, to: Tensor) -> Tensor:
     """Sum over images of KL(to || out) for logits, of half the squared distance for other outputs."""
     out, to = out.float(), to.float()
     if out.ndim != 2:

@@ -61,7 +61,7 @@ def test_absorbing_is_the_ridge_regression_of_the_paper() -> None:
     moments.add(torch.cat([x, torch.ones(300, 1)], 1), a.float())
     h = moments.used.matrix
     got = absorbed(both, h, moments.matrix, strength / 300 / float(h.diagonal().mean()))
-    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)  # moments are sums of float32 products
 
 
 def test_with_covariances_the_bias_is_free_and_the_weight_damped() -> None:

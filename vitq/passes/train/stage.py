@@ -2,7 +2,8 @@
 
 Formula: x^ = s (clip(round(x / s) + z, 0, 2^b - 1) - z), rounding passed over by the gradient
          loss = features |(f - f_float) V|^2 + labels CE(y, out) + logits KL(out_float || out), means over examples
-         f (d) what goes into the head, V (d, k) main directions of f_float
+         f (d) what goes into the head (without a head of one layer: the outputs), V (d, k) main directions of f_float
+         outputs that are no logits (B, classes) have half the squared distance in place of the divergence
 Source:  quantizers  LSQ, Esser et al., arXiv 1902.08153, equations 1 to 3
          features    GPLQ, arXiv 2506.11784, section 3.2
 
@@ -24,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitq.calibrate.sensitivity import divergence
 from vitq.core.batches import Batches
 from vitq.core.errors import CompositionError, DataError, InputError
 from vitq.core.progress import Progress
@@ -102,18 +104,12 @@ class Train(TrainingPass):
             raise DataError(
                 "the loss is the cross-entropy alone, and the examples have no labels; give labels, or another loss"
             )
-        there = {"features": bool(heads_of(qmodel.graph, qmodel.model)), "labels": labelled, "logits": True}
-        if not any(weight and there[name] for name, weight in self.parts.items()):
-            raise CompositionError(
-                "training: this model has no head of one layer whose input could be compared with the float model's; "
-                "give logits a weight, or examples labels"
-            )
 
     def run(self, qmodel: QuantModel, data: Batches | None, progress: Progress) -> None:
         """Train.
 
         Raises:
-            CompositionError: labels or logits are to be compared, and the model returns no logits.
+            CompositionError: there are labels, and the model returns no logits.
         """
         assert data is not None
         told: dict[str, Any] = {"steps": 0, "why": "activations are in float: there is nothing to train"}
@@ -127,9 +123,8 @@ class Train(TrainingPass):
         heads = heads_of(qmodel.graph, qmodel.model)
         watched = Watched(self.teacher or float_copy(qmodel), heads, data.forward)
         teacher = Teacher(watched, training, device)
-        bases = teacher.bases(self.variance, qmodel.plan.seed) if self.parts["features"] and heads else []
-        there = {"features": bool(bases), "labels": training.examples.labelled, "logits": True}
-        weights = {name: weight for name, weight in self.parts.items() if weight and there[name]}
+        bases = teacher.bases(self.variance, qmodel.plan.seed) if self.parts["features"] else []
+        weights = {name: w for name, w in self.parts.items() if w and (name != "labels" or training.examples.labelled)}
         autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=training.precision == "bf16")
         loss = Distance(Watched(qmodel.model, heads, data.forward), teacher, bases, weights, autocast)
         sites = qmodel.sites(WEIGHT)
@@ -220,23 +215,21 @@ class Distance:
 
     def __call__(self, inputs: Any, labels: Tensor | None, draws: Sequence[Draw]) -> dict[str, Tensor]:
         """Its parts, summed over these examples; features are compared in the mean over tokens."""
-        wanted, float_logits = self.teacher(inputs, draws)
+        wanted, float_outputs = self.teacher(inputs, draws)
         with self.autocast():
-            features, logits = self.student(inputs)
+            features, outputs = self.student(inputs)
         parts: dict[str, Tensor] = {}
         if "features" in self.weights:
             pairs = zip(features, wanted, self.bases, strict=True)
             far = [((f - to) @ basis).square().sum() / f.shape[1] for f, to, basis in pairs]
             parts["features"] = torch.stack(far).sum()
-        if {"labels", "logits"} & self.weights.keys() and (logits is None or float_logits is None):
-            raise CompositionError(
-                "training: the model returns no logits (B, classes), which labels and logits compare"
-            )
-        if "labels" in self.weights and logits is not None and labels is not None:
-            parts["labels"] = F.cross_entropy(logits, labels, reduction="sum")
-        if "logits" in self.weights and logits is not None and float_logits is not None:
-            log_p, log_q = float_logits.log_softmax(1), logits.log_softmax(1)
-            parts["logits"] = (log_p.exp() * (log_p - log_q)).sum()
+        if "labels" in self.weights and labels is not None:
+            if not outputs or outputs[0].ndim != 2:
+                raise CompositionError("training: the model returns no logits (B, classes) to compare with labels")
+            parts["labels"] = F.cross_entropy(outputs[0], labels, reduction="sum")
+        if "logits" in self.weights:
+            both = zip(outputs, float_outputs, strict=True)
+            parts["logits"] = torch.stack([divergence(out, to) for out, to in both]).sum()
         return {name: self.weights[name] * value for name, value in parts.items()}
 
 

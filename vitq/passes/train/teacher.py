@@ -1,6 +1,7 @@
 """The float model as a teacher: its features before the heads, and their main directions.
 
-Shapes:  features   for each head (B, T, d), T tokens (1 behind a pooling)    logits (B, classes)    basis (d, k)
+Shapes:  features   for each head (B, T, d), T tokens (1 behind a pooling); of a model without a head of one layer, of
+                    each output    outputs (B, …), (B, classes) for logits    basis (d, k)
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ NOTHING = 1e-6  # of the largest variance: moments are sums of float32 products
 LOOKED_AT = 4096  # examples for the main directions
 KEPT = 2**28  # bytes of targets that are kept instead of computed again
 
-Made = tuple[list[Tensor], Tensor | None]  # features, logits
+Made = tuple[list[Tensor], list[Tensor]]  # features, outputs
 
 
 def heads_of(graph: Graph, model: nn.Module) -> list[str]:
@@ -44,14 +45,15 @@ class Watched:
         self.model, self.heads, self.forward = model, list(heads), forward
 
     def __call__(self, inputs: Any) -> Made:
-        """Features, and logits where the model returns such."""
+        """Features, and outputs that are floats by example."""
         seen: dict[str, Tensor] = {}
         with self._watching(seen):
             out = self.forward(self.model, inputs)
         count = leading_size(inputs)
-        features = [seen[name].float().reshape(count, -1, seen[name].shape[-1]) for name in self.heads if name in seen]
-        tensors = [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor) and t.is_floating_point()]
-        return features, tensors[0].float() if tensors and tensors[0].ndim == 2 else None
+        floats = [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor) and t.is_floating_point()]
+        outputs = [t.float() for t in floats if t.ndim > 1 and len(t) == count]
+        rows = [seen[name] for name in self.heads if name in seen] or outputs
+        return [t.float().reshape(count, -1, t.shape[-1]) for t in rows], outputs
 
     @contextmanager
     def _watching(self, seen: dict[str, Tensor]) -> Iterator[None]:
@@ -83,22 +85,22 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, inputs: Any, draws: Sequence[Draw]) -> Made:
-        """Features and logits of these examples."""
+        """Features and outputs of these examples."""
         if self.kept is None:
             return self.model(inputs)
         rows = [self.kept[number] for _, number in draws]
-        features = [torch.stack(each) for each in zip(*(row[0] for row in rows), strict=True)]
-        logits = [row[1] for row in rows if row[1] is not None]
-        return features, torch.stack(logits) if logits else None
+        features, outputs = (
+            [torch.stack(each) for each in zip(*(row[part] for row in rows), strict=True)] for part in (0, 1)
+        )
+        return features, outputs
 
     def _all(self) -> list[Made] | None:
         kept: list[Made] = []
-        for features, logits in self._in_order(range(len(self.training.examples))):
-            size = sum(t.nbytes for t in (*features, *(() if logits is None else (logits,))))
-            count = len(features[0]) if features else 0 if logits is None else len(logits)
-            if not count or size / count * len(self.training.examples) > KEPT:
+        for features, outputs in self._in_order(range(len(self.training.examples))):
+            every = [*features, *outputs]
+            if not every or sum(t.nbytes for t in every) / len(every[0]) * len(self.training.examples) > KEPT:
                 return None
-            kept += [([t[at] for t in features], None if logits is None else logits[at]) for at in range(count)]
+            kept += [([t[at] for t in features], [t[at] for t in outputs]) for at in range(len(every[0]))]
         return kept
 
     @torch.no_grad()
