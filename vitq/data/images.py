@@ -164,7 +164,7 @@ class ImageSet:
     @property
     def holds_tensors(self) -> bool:
         """Whether the images are tensors, which are taken as they are."""
-        return bool(self._indices) and isinstance(next(self._store.thunks(self._indices[:1]))(), Tensor)
+        return bool(self._indices) and isinstance(self._store.one(self._indices[0])(), Tensor)
 
     def image(self, position: int, transform: Callable[[Any], Tensor] | None) -> Tensor:
         """One image, transformed; one that is a tensor is taken as it is.
@@ -172,8 +172,7 @@ class ImageSet:
         Raises:
             DataError: it cannot be read.
         """
-        thunk = next(self._store.thunks([self._indices[position]]))
-        return _load(thunk, self.ids[position], transform, self.where)
+        return _load(self._store.one(self._indices[position]), self.ids[position], transform, self.where)
 
     def _decoded(self, preprocess: Preprocess | None, skip_bad: bool) -> Iterator[tuple[int, Tensor]]:
         """(position, image) in order, decoded by threads that run at most LOOK_AHEAD images ahead."""

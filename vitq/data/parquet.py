@@ -1,10 +1,12 @@
 """Parquet in the layout of Hugging Face datasets: a column of encoded images, and one of labels or none.
 
-One row group is held at a time, encoded; nothing decoded is kept.
+One row group is held at a time, encoded, and as many as ROOM bytes hold where images are asked for one by one in any
+order; nothing decoded is kept.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,6 +21,7 @@ from vitq.data.stores import Thunk
 
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("label", "labels", "fine_label")
+ROOM = 2**28  # in every process that reads
 WINDOW = 512  # images of a shuffled order for which each row group is read only once
 
 
@@ -35,7 +38,7 @@ class ParquetStore:
                 self.starts.append((row, number, group))
                 row += file.metadata.row_group(group).num_rows
         self.bounds = torch.tensor([start for start, _, _ in self.starts])
-        self.held: tuple[int, Any] = (-1, None)
+        self.held: OrderedDict[int, tuple[Any, int]] = OrderedDict()  # group -> its column, bytes; last used last
 
     def thunks(self, indices: Sequence[int]) -> Iterator[Thunk]:
         for first in range(0, len(indices), WINDOW):
@@ -49,21 +52,34 @@ class ParquetStore:
                 start = self.starts[place][0]
                 for index, where in zip(window, places, strict=True):
                     if where == place:
-                        value = table[index - start].as_py()
-                        data[index] = value["bytes"] if isinstance(value, dict) else value
+                        data[index] = _bytes(table[index - start])
             for index in window:
                 yield partial(_present, data[index], self.ids[index])
 
-    def _group(self, place: int) -> Any:
-        if self.held[0] != place:
-            self.held = (-1, None)  # let go of the old group before the new one is read
+    def one(self, index: int) -> Thunk:
+        place = int(torch.searchsorted(self.bounds, index, right=True)) - 1
+        column = self._group(place, ROOM)
+        return partial(_present, _bytes(column[index - self.starts[place][0]]), self.ids[index])
+
+    def _group(self, place: int, room: int = 0) -> Any:
+        if place not in self.held:
             _, number, group = self.starts[place]
+            size = self.files[number].metadata.row_group(group).total_byte_size
+            while self.held and size + sum(held for _, held in self.held.values()) > room:
+                self.held.popitem(last=False)  # let go of old groups before the new one is read
             try:
                 table = self.files[number].read_row_group(group, columns=[self.column])
             except Exception as error:  # pyarrow's errors have no common base of their own
                 raise DataError(f"{self.where}: row group {group} cannot be read ({error}).") from error
-            self.held = (place, table.column(self.column))
-        return self.held[1]
+            self.held[place] = table.column(self.column), size
+        self.held.move_to_end(place)
+        return self.held[place][0]
+
+
+def _bytes(cell: Any) -> bytes | None:
+    value: Any = cell.as_py()
+    found: bytes | None = value["bytes"] if isinstance(value, dict) else value
+    return found
 
 
 def _present(data: bytes | None, name: str) -> bytes:

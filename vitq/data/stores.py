@@ -33,6 +33,9 @@ class Store(Protocol):
     def thunks(self, indices: Sequence[int]) -> Iterator[Thunk]:
         """For each index, in order, a function that gives the item; may run in a worker thread."""
 
+    def one(self, index: int) -> Thunk:
+        """The same for one index, when many are asked for in any order."""
+
 
 class FileStore:
     """Image files, read when asked for."""
@@ -41,8 +44,10 @@ class FileStore:
         self.where, self.paths, self.ids, self.labels = where, paths, ids, labels
 
     def thunks(self, indices: Sequence[int]) -> Iterator[Thunk]:
-        for index in indices:
-            yield partial(_read, self.paths[index], self.ids[index])
+        return map(self.one, indices)
+
+    def one(self, index: int) -> Thunk:
+        return partial(_read, self.paths[index], self.ids[index])
 
     def files(self, indices: Sequence[int]) -> Iterator[Callable[[], Path]]:
         """As thunks, with the path in place of the bytes."""
@@ -57,8 +62,10 @@ class ItemStore:
         self.where, self.items, self.ids, self.labels = where, items, ids, labels
 
     def thunks(self, indices: Sequence[int]) -> Iterator[Thunk]:
-        for index in indices:
-            yield partial(self.items.__getitem__, index)
+        return map(self.one, indices)
+
+    def one(self, index: int) -> Thunk:
+        return partial(self.items.__getitem__, index)
 
 
 def _read(path: Path, name: str) -> bytes:

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from vitq.core.errors import DataError, MissingExtraError
+from vitq.data import parquet
 from vitq.data.images import open_images
 from vitq.data.parquet import ParquetStore
 from vitq.data.preprocess import Preprocess
@@ -71,6 +72,38 @@ def test_a_shuffled_read_opens_each_row_group_once(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(ParquetStore, "_group", counted)
     images.tensor(SMALL)
     assert sorted(reads) == list(range(10))
+
+
+def test_single_images_in_any_order_read_each_row_group_once_if_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = open_images(write(tmp_path / "a.parquet", range(30)))
+    order = torch.randperm(30, generator=torch.Generator().manual_seed(0)).tolist()
+    whole, store, reads = images.tensor(SMALL), images._store, list[int]()
+    assert isinstance(store, ParquetStore)
+    assert len(store.held) == 1, "an ordered reader holds one"
+    for room, most in ((2**28, 10), (0, 30)):
+        store.held.clear()
+        reads.clear()
+        monkeypatch.setattr(parquet, "ROOM", room)
+        file = store.files[0]
+        monkeypatch.setattr(store, "files", [Counted(file, reads)])
+        for number in order:
+            assert torch.equal(images.image(number, SMALL.transform()), whole[number])
+        monkeypatch.setattr(store, "files", [file])
+        assert len(reads) == most if room else 10 < len(reads) <= most
+        assert len(store.held) == (10 if room else 1)
+
+
+class Counted:
+    """A file that notes which row groups are read."""
+
+    def __init__(self, file: Any, reads: list[int]) -> None:
+        self.metadata, self.file, self.reads = file.metadata, file, reads
+
+    def read_row_group(self, group: int, columns: list[str]) -> Any:
+        self.reads.append(group)
+        return self.file.read_row_group(group, columns=columns)
 
 
 def test_img_columns_plain_bytes_and_missing_labels_are_read(tmp_path: Path) -> None:
