@@ -23,6 +23,7 @@ ON_PHOTOS = (
     "ablation.py",
     "objectives.py",
     "growth.py",
+    "training.py",
 )
 
 

@@ -55,6 +55,7 @@ def main() -> int:
     photos = spread(open_images(shared.sample / args.evaluate, num_classes=loaded.num_classes), count)
     batches = list(photos.batches(loaded.preprocess, 50))
     reference = evaluate_classifier(loaded.model, batches, keep_logits=True)
+    learned_from = together([shared.sample / split for split in args.splits], 8 if args.quick else args.photos)
     steps = Steps((1 + len(args.variants)) * len(args.bits) * len(args.seeds))
     for bits in args.bits:
         for seed in args.seeds:
@@ -65,10 +66,7 @@ def main() -> int:
                 recipe, chosen = VARIANTS.get(variant, (BASE, {}))
                 training = None
                 if variant != BASE:
-                    chosen_photos = together(
-                        [shared.sample / split for split in args.splits], 8 if args.quick else args.photos
-                    )
-                    examples = ImageExamples(chosen_photos, loaded.preprocess, labels=False, seed=seed)
+                    examples = ImageExamples(learned_from, loaded.preprocess, labels=False, seed=seed)
                     training = vitq.Training(examples, epochs=args.epochs, batch_size=args.batch)
                 began = time.perf_counter()
                 qmodel = vitq.quantize(loaded.model, recipe, bits, seen, options=chosen, seed=seed, training=training)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from vitq.calibrate.heap import give_back
-from vitq.core.batches import Batches, ForwardFn, default_forward, describe_example, first_of, moved
+from vitq.core.batches import Batches, ForwardFn, default_forward, describe_example, device_of, first_of, moved
 from vitq.core.errors import CompositionError, DataError, InputError
 from vitq.core.format import Bits, Format, Scalar
 from vitq.core.plan import Override, Plan, parse_overrides
@@ -179,12 +179,6 @@ def first_example(data: Batches | None, example: Any) -> Any:
     if data is None:
         raise DataError("nothing to trace with: give calibration images as data=, or one input as example=")
     return first_of(next(iter(data)))
-
-
-def device_of(model: nn.Module) -> torch.device | None:
-    """The device that the model is on, None if it has no parameters or is spread over several."""
-    devices = {p.device for p in model.parameters()}
-    return devices.pop() if len(devices) == 1 else None
 
 
 def check_weights(model: nn.Module) -> None:

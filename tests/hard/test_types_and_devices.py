@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import vitq
-from vitq.core.batches import Batches
+from vitq.core.batches import Batches, device_of
 from vitq.data.zoo import build_zoo, seeded_images
-from vitq.pipeline import device_of
 
 CALIB, UNSEEN = seeded_images(8), seeded_images(4, seed=1)
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; there is none here")

@@ -18,6 +18,7 @@ from vitq.cli.console import Say, check_outputs, command, peak_rss_mb, write_jso
 from vitq.cli.recipes import Asked
 from vitq.core.batches import Batches
 from vitq.core.qmodel import QuantModel
+from vitq.core.training import TrainingPass
 from vitq.data.images import ImageSet
 from vitq.data.preprocess import Preprocess
 from vitq.evaluate.classify import PairResult, evaluate_pair
@@ -74,6 +75,8 @@ def quantize_command(
     data, images = work.calibration(calib, calib_size, seed, preprocess, where, skip_bad, say)
     scored = work.evaluation(eval_data, images, loaded.num_classes, skip_bad, say) if eval_data else None
     say.note("passes: " + ", ".join(map(str, asked.plan.passes)))
+    if any(isinstance(spec.build(), TrainingPass) for spec in asked.plan.passes):
+        say.note(f"{recipe} trains, here for one epoch on the calibration images; `vitq train` takes more")
 
     start = time.perf_counter()
     qmodel = quantize(loaded.model, asked.recipe, data=data, progress=say, **asked.more)

@@ -104,9 +104,9 @@ def train_command(
     loaded = work.open_model(model, checkpoint, where, say)
     preprocess = work.need_preprocess(loaded.preprocess, model)
     images = open_images(train, labels=labels, num_classes=loaded.num_classes)
-    images.check()
+    images.check(REMEMBERED)  # of more, a sample: each is decoded when it is its turn
     use = labels == "auto" and images.labels is not None
-    examples = ImageExamples(images, preprocess, augment=augment, labels=use, seed=seed, workers=workers, device=where)
+    examples = ImageExamples(images, preprocess, augment=augment, labels=use, seed=seed, workers=workers)
     training = Training(
         examples, epochs, train_batch, micro_batch, precision, recompute, file=state, resume=resume, every=EVERY
     )
@@ -122,7 +122,7 @@ def train_command(
     seconds = time.perf_counter() - start
     if rank > 0:
         return
-    for told in qmodel.log["train"]:
+    for told in qmodel.log.get("train", []):
         if told.get("diverged"):
             say.note(
                 f"training diverged at step {told['diverged']}; the weights of step {told['kept']} are kept. Lower "

@@ -121,6 +121,12 @@ def first_of(batch: Any) -> Any:
     return pytree.tree_map(lambda t: t[:1] if isinstance(t, Tensor) and t.ndim else t, batch)
 
 
+def device_of(model: nn.Module) -> torch.device | None:
+    """The device that the model is on, None if it has no parameters or is spread over several."""
+    devices = {p.device for p in model.parameters()}
+    return devices.pop() if len(devices) == 1 else None
+
+
 def moved(batch: Any, device: torch.device) -> Any:
     """A pytree with its tensors on a device; tensors that are there stay themselves."""
     return pytree.tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, batch)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from vitq.core.batches import Batches, leading_size, split
+from vitq.core.digest import of_tensors
 from vitq.core.errors import DataError, InputError
 from vitq.core.recipe import Pass
 
@@ -64,11 +65,7 @@ class Given:
 
     def digest(self) -> str:
         """Of every value."""
-        digest = hashlib.sha256()
-        for tensor in pytree.tree_leaves(self._items):
-            if isinstance(tensor, Tensor):
-                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        return of_tensors(("", t) for t in pytree.tree_leaves(self._items) if isinstance(t, Tensor))
 
     def stream(self, batches: Sequence[Sequence[Draw]]) -> Iterator[tuple[Any, Tensor | None]]:
         """The images of each batch, one behind the other."""
@@ -122,6 +119,11 @@ class Training:
                 f"a batch of {self.batch_size} is larger than the {len(self.examples)} examples; give more examples, "
                 f"or a smaller batch"
             )
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is the state of a run that this one would begin anew."""
+        return self.file is not None and self.file.exists() and not self.resume
 
     @property
     def steps(self) -> int:

@@ -32,7 +32,6 @@ class ImageExamples:
         labels: hand out the labels that the images have.
         seed: of augmentation.
         workers: processes that decode; 0 decodes in this one.
-        device: where the images are wanted.
 
     Raises:
         InputError: labels are asked for, and there are none; an unknown augmentation, or one where none is possible.
@@ -47,7 +46,6 @@ class ImageExamples:
         labels: bool = True,
         seed: int = 0,
         workers: int = 0,
-        device: torch.device | str = "cpu",
     ) -> None:
         if augment not in (NONE, *AUGMENTATIONS):
             raise UnknownNameError("augmentation", augment, [NONE, *AUGMENTATIONS])
@@ -61,7 +59,7 @@ class ImageExamples:
             raise InputError(f"{images.where} has no labels; give some, or train without (labels none)")
         self.images, self.preprocess, self.augment, self.seed = images, preprocess, augment, seed
         self.labelled, self.fixed = labels, augment == NONE
-        self.workers, self.device = workers, torch.device(device)
+        self.workers = workers
 
     def __len__(self) -> int:
         return len(self.images)
@@ -80,11 +78,11 @@ class ImageExamples:
             _Decoded(self),
             batch_sampler=[list(draws) for draws in batches],
             num_workers=self.workers,
-            pin_memory=self.device.type == "cuda",
+            pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # else it would draw a number from the one of all
         )
         for images, labels in _named(loader):
-            yield images.to(self.device, non_blocking=True), labels.to(self.device) if self.labelled else None
+            yield images, labels if self.labelled else None
 
 
 def _named(loader: Any) -> Iterator[Any]:

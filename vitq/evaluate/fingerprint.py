@@ -10,9 +10,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
+from vitq.core.digest import of_tensors
 from vitq.core.recipe import MODIFIERS, RECIPES, RecipeFn
 from vitq.data.images import ImageSet
 
@@ -23,11 +23,7 @@ APART = ("cli", "report", "export", "runtime", "bench", "recipes")  # folders th
 
 def weights_digest(model: nn.Module, source: Mapping[str, Any]) -> str:
     """Of all parameters and buffers, and of the file whose code built the model, if it was one."""
-    digest = hashlib.sha256(str(source.get("sha256", "")).encode())
-    for name, value in model.state_dict().items():
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:LENGTH]
+    return of_tensors(model.state_dict().items(), str(source.get("sha256", "")))[:LENGTH]
 
 
 def images_digest(images: ImageSet, digests: Iterable[str], preprocess: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ Stage 1 trains scales, and float weights at a tiny rate, so that the features be
 model along their main directions (60 % of the variance). Stage 2 quantizes the weights, with a scale per output
 channel.
 
-Differs from the paper in what does better with a few hundred photos (benchmarks/training.py, results/training.csv).
+Differs from the paper in what, taken together, did better with 100 photos (one draw, results/training.csv).
 Channel scales behind LayerNorms are folded before training, exactly: norms and weights are trained, so that channels
 can still move (the paper has channel scales everywhere, and does not say how they are deployed). Attention
 probabilities and what comes behind GELU have adaptive logarithms (AdaLog), and ranges are searched by the error of

@@ -26,7 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitq.calibrate.sensitivity import divergence
-from vitq.core.batches import Batches
+from vitq.core.batches import Batches, device_of, first_of
+from vitq.core.digest import of_tensors
 from vitq.core.errors import CompositionError, DataError, InputError
 from vitq.core.progress import Progress
 from vitq.core.qmodel import QuantModel
@@ -90,9 +91,9 @@ class Train(TrainingPass):
         """Refuse to work without examples, something to train, or anything to learn from."""
         if data is None or data.count == 0:
             raise DataError("training needs calibration images, too; give data= (or --calib, --train)")
-        crew(device_of(qmodel))
         if self._idle(qmodel):
             return
+        mine = crew(where(qmodel))
         if not self._trained(qmodel):
             raise CompositionError("training: there is nothing to train: parameters are frozen or their rates are 0")
         if any(p.dtype in (torch.float16, torch.bfloat16) for p in qmodel.model.parameters()):
@@ -104,12 +105,35 @@ class Train(TrainingPass):
             raise DataError(
                 "the loss is the cross-entropy alone, and the examples have no labels; give labels, or another loss"
             )
+        batch = next(iter(data))
+        if self.training is None:
+            Training.on(Batches.of([batch]))  # refuses batches that cannot be divided
+        elif self.training.begun and mine.is_main_process:
+            raise InputError(f"{self.training.file} is of a run that was begun; resume it, or delete the file")
+        self._look(qmodel, data, first_of(batch), labelled)
+
+    @torch.no_grad()
+    def _look(self, qmodel: QuantModel, data: Batches, one: Any, labelled: bool) -> None:
+        """Refuse a model that returns nothing that the loss compares, by one forward."""
+        features, outputs = Watched(qmodel.model, heads_of(qmodel.graph, qmodel.model), data.forward)(one)
+        if self.parts["labels"] and labelled and (not outputs or outputs[0].ndim != 2):
+            raise CompositionError(
+                "training: the examples have labels, and the model returns no logits (B, classes) to compare with "
+                "them; train without labels, or with the option labels=0"
+            )
+        lacks = [
+            name for name, found in (("features", features), ("logits", outputs)) if self.parts[name] and not found
+        ]
+        if lacks:
+            raise CompositionError(
+                f"training: the model returns nothing by example that {' and '.join(lacks)} could be compared on"
+            )
 
     def run(self, qmodel: QuantModel, data: Batches | None, progress: Progress) -> None:
         """Train.
 
         Raises:
-            CompositionError: there are labels, and the model returns no logits.
+            DataError: a label that is no class of the model.
         """
         assert data is not None
         told: dict[str, Any] = {"steps": 0, "why": "activations are in float: there is nothing to train"}
@@ -118,7 +142,7 @@ class Train(TrainingPass):
         qmodel.log.setdefault(self.name, []).append(told)
 
     def _train(self, qmodel: QuantModel, data: Batches, progress: Progress) -> dict[str, Any]:
-        training, device = self.training or Training.on(data), device_of(qmodel)
+        training, device = self.training or Training.on(data), where(qmodel)
         fingerprint = self._fingerprint(qmodel, training)
         heads = heads_of(qmodel.graph, qmodel.model)
         watched = Watched(self.teacher or float_copy(qmodel), heads, data.forward)
@@ -167,22 +191,25 @@ class Train(TrainingPass):
 
     def _fingerprint(self, qmodel: QuantModel, training: Training) -> dict[str, str]:
         settings = (training.epochs, training.batch_size, training.micro_batch, training.precision, training.recompute)
-        digest = hashlib.sha256()
-        for name, value in qmodel.state_dict().items():  # scales too: they are what calibration images made
-            digest.update(f"{name} {tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         plan = hashlib.sha256(str(qmodel.plan).encode()).hexdigest()
         return {
             "recipe": plan,
-            "model or calibration": digest.hexdigest(),
+            "model or calibration": of_tensors(qmodel.state_dict().items()),  # scales are what calibration images made
             "data": training.examples.digest(),
             "settings": str(settings),
         }
 
 
-def device_of(qmodel: QuantModel) -> torch.device:
-    """Where the model is."""
-    return next((p.device for p in qmodel.model.parameters()), torch.device("cpu"))
+def where(qmodel: QuantModel) -> torch.device:
+    """Where the model is.
+
+    Raises:
+        InputError: on several devices.
+    """
+    found = device_of(qmodel.model)
+    if found is None:
+        raise InputError("training takes a model on one device; for several, start as many processes")
+    return found
 
 
 def float_copy(qmodel: QuantModel) -> nn.Module:
@@ -224,8 +251,11 @@ class Distance:
             far = [((f - to) @ basis).square().sum() / f.shape[1] for f, to, basis in pairs]
             parts["features"] = torch.stack(far).sum()
         if "labels" in self.weights and labels is not None:
-            if not outputs or outputs[0].ndim != 2:
-                raise CompositionError("training: the model returns no logits (B, classes) to compare with labels")
+            classes = outputs[0].shape[1]
+            if not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+                raise DataError(
+                    f"labels are {int(labels.min())} to {int(labels.max())}, and the model has {classes} classes"
+                )
             parts["labels"] = F.cross_entropy(outputs[0], labels, reduction="sum")
         if "logits" in self.weights:
             both = zip(outputs, float_outputs, strict=True)
