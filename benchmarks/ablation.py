@@ -29,8 +29,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     WHOLE: {},
     "softmax=log2": {"softmax": "log2"},
     "softmax=logsqrt2": {"softmax": "logsqrt2"},
+    "softmax=uniform": {"softmax": "uniform"},
     "gelu=uniform": {"gelu": "uniform"},
-    "gelu=twin_gelu": {"gelu": "twin_gelu"},
+    "gelu=adaptive_log": {"gelu": "adaptive_log"},  # what it is up to 6 bits, and
+    "gelu=twin_gelu": {"gelu": "twin_gelu"},  # beyond
     "balance=True": {"balance": True},
     "rounds=0": {"rounds": 0},
     "objective=hessian": {"objective": "hessian"},

@@ -32,13 +32,15 @@ from vitq.core import roles
 from vitq.core.format import Format
 from vitq.core.recipe import PassSpec, Recipe, Rule, recipe
 
+LOG_BITS = 6  # beyond, steps of a logarithm are coarser where values are large than those of two ranges
+
 
 @recipe
 def vitq_calib(
     weight_bits: int,
     act_bits: int,
     softmax: str = "adaptive_log",
-    gelu: str = "adaptive_log",
+    gelu: str = "auto",
     balance: bool = False,
     objective: str = "mse",
     rounds: int = 1,
@@ -51,7 +53,8 @@ def vitq_calib(
 
     Args:
         softmax: format of attention probabilities: adaptive_log, or another for one scale, such as log2.
-        gelu: format behind GELU: adaptive_log, or another for one scale, such as uniform or twin_gelu.
+        gelu: format behind GELU: adaptive_log, or another for one scale, such as uniform or twin_gelu; auto is
+            adaptive_log up to 6 bits and twin_gelu beyond.
         balance: instead of folding the channel scales behind norms as repq_vit does, balance these channels, and those
             behind attention, against the weights (`uq_vit`: NormQuant, AAAI 2026).
         objective: how scales are judged (calibrate/objective.py).
@@ -68,6 +71,8 @@ def vitq_calib(
     folded = (roles.QKV_IN, roles.FC1_IN, roles.MERGE_IN)
     per_channel = Format("uniform", act_bits, "channel")
     searched = "adaptive_log"
+    if gelu == "auto":
+        gelu = searched if act_bits <= LOG_BITS else "twin_gelu"
     after_gelu = Format.of(gelu, act_bits, shifted=True) if gelu == searched else Format(gelu, act_bits)
     return Recipe(
         name="vitq_calib",
