@@ -11,6 +11,8 @@ ratio  both ratios, and shifts, of every linear's input for one alpha, on what t
 alpha  the official script runs with its own criterion, the error of the block's output. For every linear: the alpha it
        chooses, the one that ours chooses by the linear's own output, and the block's error with each of them, by the
        official code. This is what the cheaper criterion costs.
+whole  the official script quantizes for every seed, and so do we; both models on the same photos: top-1, divergence
+       from the float model, and the paired differences, ours minus theirs, with 95 % intervals over images.
 
 Adapted from outside where the code would not run here: images and weights are given, the device is the CPU, and timm
 passes keywords to attention today. Its scale search over channels, one after the other in Python, is replaced by the
@@ -27,12 +29,13 @@ import importlib
 import importlib.util
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from _common import MODEL, Shared, Steps, parser, provenance, results_folder
+from _common import MODEL, Shared, Steps, bootstrap, parser, provenance, results_folder, top
 from torch import Tensor, nn
 
 import vitq
@@ -41,6 +44,10 @@ from vitq.core import roles
 from vitq.core.batches import Batches
 from vitq.core.progress import Silent
 from vitq.core.qmodel import QuantModel
+from vitq.data.images import open_images
+from vitq.data.source import LoadedModel
+from vitq.evaluate.classify import ClassifyResult, evaluate_classifier
+from vitq.evaluate.metrics import logit_kl
 from vitq.graph.trace import trace
 from vitq.passes.fit import Fit
 from vitq.passes.reparam.balance import _steps_of_columns, _targets
@@ -48,7 +55,9 @@ from vitq.pipeline import insert, resolve
 from vitq.quantizers.demax import DeMaxQuantizer
 from vitq.report.table import append_rows
 
-KEY = ("part", "model", "bits", "site", "alpha")
+KEY = ("part", "model", "bits", "site", "alpha", "calibration_seed", "evaluation")
+PARTS = ("demax", "ratio", "alpha", "whole")
+SPLITS = ("ablate", "report")
 BITS, WEIGHT_BITS, ACT_BITS = "w4a4", 4, 4
 TRIED = {True: 0.2, False: 0.4}  # after a norm, elsewhere: the alpha of part "ratio"
 CODES = 0.9999  # share of DeMax values that must be equal: float32 may round to the other side of a threshold
@@ -91,10 +100,26 @@ class Official:
         return layer.r, torch.as_tensor(layer.b)
 
     def run(
-        self, model: nn.Module, images: Tensor, ours: dict[str, float], every: int, steps: Steps
+        self,
+        model: nn.Module,
+        images: Tensor,
+        ours: dict[str, float],
+        every: int,
+        steps: Steps,
+        look: Callable[[nn.Module], None] | None = None,
     ) -> list[dict[str, object]]:
-        """Quantize as the script does, and try our alphas beside its own; other blocks than every so many take ours."""
+        """Quantize as the script does, and try our alphas beside its own; other blocks than every so many take ours.
+
+        Args:
+            look: is given the quantized model.
+        """
         rows: list[dict[str, object]] = []
+
+        def validate(args: Any, loader: Any, quantized: nn.Module, *more: Any) -> tuple[float, float, float]:
+            if look is not None:
+                look(quantized)
+            return 0.0, 0.0, 0.0
+
         script, original = self.script, self.script.search_alph
 
         def search(
@@ -123,7 +148,7 @@ class Official:
             args=script.get_args_parser().parse_args(words),
             build_dataset=lambda args: ([(images, torch.zeros(len(images)))], None),
             search_alph=search,
-            validate=lambda *given: (0.0, 0.0, 0.0),
+            validate=validate,
         )
         with contextlib.redirect_stdout(sys.stderr):
             script.main()
@@ -225,11 +250,55 @@ def compare_ratios(official: Official, qmodel: QuantModel, images: Tensor) -> li
     return rows
 
 
+def compare_whole(
+    official: Official, shared: Shared, loaded: LoadedModel, seed: int, quick: bool, steps: Steps
+) -> list[dict[str, object]]:
+    """Both models on the same photos."""
+    images = shared.calibration(seed).tensor(loaded.preprocess)[: 4 if quick else None]
+    model, rows = loaded.model, list[dict[str, object]]()
+    models: list[nn.Module] = []
+    official.run(model, images, {}, 1, steps, models.append)
+    models += [vitq.quantize(model, "uq_vit", BITS, images, seed=seed)]
+    for split in SPLITS:
+        photos = open_images(shared.sample / split, num_classes=loaded.num_classes)
+        photos = photos.subset(range(8 if quick else len(photos)))
+        batches = list(photos.batches(loaded.preprocess, 50))
+        reference = evaluate_classifier(model, batches, keep_logits=True)
+        both = [evaluate_classifier(each, batches, keep_logits=True) for each in models]
+        rows += paired(reference, both, {"calibration_seed": seed, "evaluation": f"{len(photos)} of {split}"})
+    return rows
+
+
+def paired(reference: ClassifyResult, both: list[ClassifyResult], where: dict[str, Any]) -> list[dict[str, object]]:
+    """A row for the official model and for ours."""
+    found = dict(zip(("official", "ours"), both, strict=True))
+    rows: list[dict[str, object]] = []
+    theirs, their_kl = found["official"], divergence(reference, found["official"])
+    for name, each in found.items():
+        kl = divergence(reference, each)
+        right = each.predictions.correct.double() - theirs.predictions.correct.double()
+        row = where | {"site": name, "n": len(kl)} | top(each)
+        row |= {"top1_float": reference.top1, "logit_kl": round(float(kl.mean()), 4)}
+        nats = (kl - their_kl).double() / 100
+        differences = {"top1_minus_official": bootstrap(right[None]), "kl_minus_official": bootstrap(nats[None])}
+        for label, values in differences.items():
+            row |= dict(zip((label, f"{label}_low", f"{label}_high"), values, strict=True))
+        rows.append(row)
+    return rows
+
+
+def divergence(reference: ClassifyResult, found: ClassifyResult) -> Tensor:
+    assert reference.logits is not None
+    assert found.logits is not None
+    return logit_kl(reference.logits, found.logits)
+
+
 def main() -> int:
     """Run the parts that were asked for."""
     made: argparse.ArgumentParser = parser(__doc__, "Takes about ten minutes on one free core.")
     made.add_argument("--official", type=Path, required=True, help="folder UQ-ViT/classification of a checkout")
-    made.add_argument("--parts", nargs="+", default=["demax", "ratio", "alpha"], choices=["demax", "ratio", "alpha"])
+    made.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
+    made.add_argument("--seeds", nargs="+", type=int, default=[0], help="of part whole")
     made.add_argument("--every", type=int, default=1, help="part alpha: search in every so many blocks (default: all)")
     args = made.parse_args()
     shared = Shared(args.shared)
@@ -241,12 +310,14 @@ def main() -> int:
     images = shared.calibration(0).tensor(loaded.preprocess)[: 4 if args.quick else None]
     graph = trace(loaded.model, images[:1])
     searched = math.ceil(len(graph.blocks) / args.every) * len(LAYERS)
-    steps = Steps(len(args.parts) + searched * ("alpha" in args.parts))
+    every_linear = len(graph.blocks) * len(LAYERS) * len(args.seeds)
+    steps = Steps(len(args.parts) + searched * ("alpha" in args.parts) + every_linear * ("whole" in args.parts))
     plan = resolve("uq_vit", BITS, options={"fc2": True})
     common = {
         "model": MODEL,
         "bits": BITS,
         "alpha": "",
+        "evaluation": "",
         "images": len(images),
         "calibration_seed": 0,
         **shared.weights(),
@@ -254,7 +325,13 @@ def main() -> int:
     }
     good = True
     for part in args.parts:
-        if part == "alpha":
+        if part == "whole":
+            rows = []
+            for seed in args.seeds:
+                rows += compare_whole(official, shared, loaded, seed, args.quick, steps)
+            for row in rows:
+                print(f"whole: {row}")
+        elif part == "alpha":
             found = vitq.quantize(loaded.model, "uq_vit", BITS, images).log["balance_channels"]["alphas"]
             rows = official.run(
                 loaded.model, images, {s: -1.0 if a is None else a for s, a in found.items()}, args.every, steps

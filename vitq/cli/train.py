@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
+from torch import nn
 
 from vitq.artifact import check_destination
 from vitq.cli import app as a
@@ -19,10 +22,13 @@ from vitq.cli.recipes import Asked
 from vitq.core.errors import InputError
 from vitq.core.training import EVERY, Training, TrainingPass
 from vitq.data.examples import ImageExamples
-from vitq.data.images import open_images
+from vitq.data.images import ImageSet, open_images
+from vitq.data.preprocess import Preprocess
+from vitq.evaluate.classify import evaluate_classifier, evaluate_pair
 from vitq.pipeline import quantize
 
 REMEMBERED = 10_000  # images whose digests an artifact holds
+LOOKED_AT = 256  # images of the evaluation, along the way
 
 HELP = """Quantize a model by a recipe that trains, and save it as a packed artifact.
 
@@ -67,6 +73,12 @@ def train_command(
         int, typer.Option(min=1, help="How many of the training images, drawn by the seed, ranges begin with.")
     ] = 32,
     eval_data: Annotated[str | None, typer.Option("--eval", help=f"Labelled images. {a.DATA_HELP}")] = None,
+    looks: Annotated[
+        int, typer.Option(min=0, help=f"Measure on {LOOKED_AT} of them before, and after so many parts of the run.")
+    ] = 4,
+    basin: Annotated[
+        bool, typer.Option("--basin", help="Also evaluate the trained weights in float, without any quantizers.")
+    ] = False,
     checkpoint: a.Checkpoint = None,
     option: a.Options = None,
     exclude: a.Exclude = None,
@@ -87,6 +99,8 @@ def train_command(
     check_outputs(json)
     if labels not in ("auto", "none"):
         raise InputError(f"--labels {labels!r}: use auto or none")
+    if basin and eval_data is None:
+        raise InputError("--basin evaluates the trained weights in float; say on which images with --eval")
     asked = Asked.of(recipe, bits, option, exclude, override, seed)
     state = out.parent / f"{out.name}.training"
     trains = [spec for spec in asked.plan.passes if isinstance(spec.build(), TrainingPass)]
@@ -112,6 +126,15 @@ def train_command(
     )
     data, calib = work.calibration(train, min(calib_size, len(images)), seed, preprocess, where, False, say)
     scored = work.evaluation(eval_data, images, loaded.num_classes, False, say) if eval_data else None
+    if scored is not None:
+        judge = Judge(loaded.model, preprocess, batch_size, where, say)
+        few = scored[0].sample(min(LOOKED_AT, len(scored[0])), seed)
+        training = replace(
+            training,
+            measure=partial(judge.short, few) if looks else None,
+            looks=looks or 1,
+            latent=partial(judge.whole, scored[0]) if basin else None,
+        )
     say.note("passes: " + ", ".join(map(str, asked.plan.passes)))
     say.note(f"{training.steps} steps of {train_batch} of {len(images)} images, {'with' if use else 'without'} labels")
 
@@ -127,6 +150,11 @@ def train_command(
             say.note(
                 f"training diverged at step {told['diverged']}; the weights of step {told['kept']} are kept. Lower "
                 f"rates (--option rate=…, scale_rate=…)"
+            )
+        if "latent" in told:
+            say.result(
+                "without quantizers the trained weights reach {top1:.2f} %, and the model as it was {top1_float:.2f} "
+                "% (difference {mean:+.2f} [{low:+.2f}, {high:+.2f}])".format(**told["latent"])
             )
     result = about(qmodel, loaded.model, data, seconds) | {
         "model": model,
@@ -147,6 +175,34 @@ def train_command(
     remove(states)  # the artifact is there: nothing to go on with
     report(result, out, say)
     write_json(json, result)
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Measures a model while it is trained, and after."""
+
+    original: nn.Module
+    preprocess: Preprocess
+    batch_size: int
+    where: torch.device
+    say: Say
+
+    def short(self, images: ImageSet, model: nn.Module) -> dict[str, float]:
+        """Top-1 in percent."""
+        found = evaluate_classifier(model, images.batches(self.preprocess, self.batch_size), device=self.where)
+        assert found.top1 is not None
+        self.say.note(f"top-1 {found.top1:.2f} % on {found.images} images")
+        return {"images": found.images, "top1": found.top1}
+
+    def whole(self, images: ImageSet, model: nn.Module) -> dict[str, float]:
+        """Top-1 of the model and of the original one in percent, and the difference in points, paired."""
+        batches = images.batches(self.preprocess, self.batch_size)
+        pair = evaluate_pair(self.original, model, batches, device=self.where)
+        assert pair.difference is not None
+        assert pair.quantized.top1 is not None
+        assert pair.float.top1 is not None
+        found = {"images": pair.quantized.images, "top1": pair.quantized.top1, "top1_float": pair.float.top1}
+        return found | {"mean": pair.difference.mean, "low": pair.difference.low, "high": pair.difference.high}
 
 
 def remove(states: list[Path]) -> None:

@@ -7,7 +7,7 @@ interrupted goes on with the images that it would have seen.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -23,6 +23,7 @@ from vitq.core.errors import DataError, InputError
 from vitq.core.recipe import Pass
 
 Draw = tuple[int, int]
+Measure = Callable[[nn.Module], Mapping[str, float]]
 PRECISIONS = ("no", "bf16")
 MICRO_BATCH = 16  # examples whose activations are kept for a backward at a time
 EVERY = 60.0  # seconds between two states that are kept
@@ -91,6 +92,10 @@ class Training:
         file: the state is kept in files beside this name, none without one.
         resume: go on from there.
         every: seconds between two states.
+        measure: called with the model as it is quantized before the first step and after each of `looks` equal parts
+            of them; what it returns is told in the artifact. In the first one of several processes.
+        looks: how many parts.
+        latent: called in the end with the model without its quantizers, and told as well.
 
     Raises:
         InputError: numbers that cannot be.
@@ -106,10 +111,13 @@ class Training:
     file: Path | None = None
     resume: bool = False
     every: float = EVERY
+    measure: Measure | None = None
+    looks: int = 4
+    latent: Measure | None = None
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or self.batch_size < 1 or self.micro_batch < 1:
-            raise InputError("training needs one epoch or more, and batches of one example or more")
+        if min(self.epochs, self.batch_size, self.micro_batch, self.looks) < 1:
+            raise InputError("training needs one epoch or more, batches of one example or more, and one look or more")
         if self.precision not in PRECISIONS:
             raise InputError(f"unknown precision {self.precision!r}; use one of {', '.join(PRECISIONS)}")
         if not len(self.examples):

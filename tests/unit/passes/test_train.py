@@ -22,6 +22,7 @@ import vitq
 from vitq.core.batches import Batches, default_forward
 from vitq.core.errors import ArtifactError, CompositionError, DataError, InputError
 from vitq.core.format import Format
+from vitq.core.progress import Silent
 from vitq.core.qmodel import QuantModel
 from vitq.core.recipe import PassSpec, Recipe, Rule
 from vitq.core.roles import QKV_IN, WEIGHT
@@ -120,7 +121,7 @@ def test_the_loss_is_the_distance_along_the_main_directions() -> None:
     plain = replace(gplq_like(), passes=(PassSpec.of("fit"),))
     qmodel = vitq.quantize(model, plain, "w4a4", images, freeze=False)
     given = Training(Given(Batches.of(images)), batch_size=IMAGES, micro_batch=7)
-    teacher = Teacher(Watched(model, ["head"], default_forward), given, torch.device("cpu"))
+    teacher = Teacher(Watched(model, ["head"], default_forward), given, torch.device("cpu"), Silent())
     (basis,) = teacher.bases(0.6, 0)
 
     def features(net: nn.Module) -> np.ndarray:
@@ -208,15 +209,15 @@ def test_what_the_teacher_keeps_is_what_it_would_compute_again(monkeypatch: pyte
         return made
 
     def teacher() -> Teacher:
-        return Teacher(Watched(model, ["head"], forward), training(micro_batch=8), torch.device("cpu"))
+        return Teacher(Watched(model, ["head"], forward), training(micro_batch=8), torch.device("cpu"), Silent())
 
     draws = [(1, number) for number in (3, 1, 4)]
     (images, _), *_ = examples.stream([draws])
     features, logits = teacher()(images, draws)
-    assert calls == [8, 8, 4], "all of them once, in their order"
+    assert calls == [1, 8, 8, 4], "one tells the room that is needed, then all of them once, in their order"
     monkeypatch.setattr("vitq.passes.train.teacher.KEPT", 0)
     again, again_logits = teacher()(images, draws)
-    assert calls == [8, 8, 4, 8, 3]
+    assert calls == [1, 8, 8, 4, 1, 3]
     torch.testing.assert_close(features, again, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(logits, again_logits, rtol=1e-4, atol=1e-5)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Protocol
@@ -65,6 +65,7 @@ class Course:
         step: how many are done.
         start: the mean loss of the first window's examples before any step.
         curve: [step, part of the loss -> mean since the point before].
+        measured: [step, what was measured of the model then].
         losses: of the last window.
         good: the step whose parameters stay if the run diverges: the window behind it was not worse than the start.
         diverged: the step at which it did, None if it never did.
@@ -73,6 +74,7 @@ class Course:
     step: int = 0
     start: float = 0.0
     curve: list[Any] = field(default_factory=list)
+    measured: list[Any] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     since: dict[str, float] = field(default_factory=dict)
     good: int = 0
@@ -104,12 +106,20 @@ class Loop:
         training: how long, and on what.
         seed: of the order of examples.
         device: where the model is.
+        measure: the model, along the way; None for nothing.
     """
 
     def __init__(
-        self, groups: Sequence[Group], loss: Loss, training: Training, seed: int, device: torch.device
+        self,
+        groups: Sequence[Group],
+        loss: Loss,
+        training: Training,
+        seed: int,
+        device: torch.device,
+        measure: Callable[[], Mapping[str, float]] | None = None,
     ) -> None:
         self.groups, self.loss, self.training, self.seed, self.device = list(groups), loss, training, seed, device
+        self.measure = measure
         self.params = {name: p for group in groups for name, p in group.params.items()}
         rates = [{"params": list(group.params.values()), "lr": group.rate} for group in groups]
         self.optimizer = torch.optim.AdamW(rates, weight_decay=0.0)
@@ -118,9 +128,12 @@ class Loop:
     def run(self, keeper: Keeper, progress: Progress) -> Course:
         """Train, or go on with a run that was kept."""
         course, good, next_good = Course(), self._copy(), self._copy()
+        total, written = self.training.steps, time.monotonic()
+        looks = {round(total * part / self.training.looks) for part in range(self.training.looks + 1)}
         kept = keeper.read() if self.training.resume else None
         if kept is None:
             course.start = self._start()
+            self._measure(course, looks)
         else:
             tensors, told = kept
             for prefix, copy in (("good|", good), ("next|", next_good)):
@@ -129,7 +142,6 @@ class Loop:
                 {n: t for n, t in tensors.items() if not n.startswith(("good|", "next|"))}, self.params, self.optimizer
             )
             course = Course(**told)
-        total, written = self.training.steps, time.monotonic()
         every = max(1, total // POINTS)
         with progress.task("training", total) as task:
             task.advance(course.step)
@@ -142,6 +154,8 @@ class Loop:
                     course.diverged = course.step + (means is None)
                 elif course.step % WINDOW == 0:
                     good, next_good, course.good = next_good, self._copy(), course.step - WINDOW
+                if course.diverged is None:
+                    self._measure(course, looks)
                 done = course.step == total or course.diverged is not None
                 if self.crew.is_main_process and (done or time.monotonic() - written > self.training.every):
                     state = state_of(self.params, self.optimizer)
@@ -182,6 +196,11 @@ class Loop:
             total += sum(self._over_processes(told, []).values())
             count += len(draws)
         return total / count
+
+    def _measure(self, course: Course, looks: set[int]) -> None:
+        if self.measure is not None and course.step in looks and self.crew.is_main_process:
+            with torch.no_grad():
+                course.measured.append([course.step, dict(self.measure())])
 
     def _told(self) -> dict[str, Tensor]:
         return {name: torch.zeros((), device=self.device) for name in self.loss.parts}

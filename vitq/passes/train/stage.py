@@ -146,7 +146,7 @@ class Train(TrainingPass):
         fingerprint = self._fingerprint(qmodel, training)
         heads = heads_of(qmodel.graph, qmodel.model)
         watched = Watched(self.teacher or float_copy(qmodel), heads, data.forward)
-        teacher = Teacher(watched, training, device)
+        teacher = Teacher(watched, training, device, progress)
         bases = teacher.bases(self.variance, qmodel.plan.seed) if self.parts["features"] else []
         weights = {name: w for name, w in self.parts.items() if w and (name != "labels" or training.examples.labelled)}
         autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=training.precision == "bf16")
@@ -154,14 +154,18 @@ class Train(TrainingPass):
         sites = qmodel.sites(WEIGHT)
         if self.weights == "float":
             qmodel.set_state("off", sites)
-        loop = Loop(self._groups(qmodel), loss, training, qmodel.plan.seed, device)
+        measure = partial(training.measure, qmodel.model) if training.measure else None
+        loop = Loop(self._groups(qmodel), loss, training, qmodel.plan.seed, device, measure)
         with recomputed(qmodel, training.recompute):
             course = loop.run(Keeper(training.file, fingerprint), progress)
         for site in qmodel.sites():
             qmodel.quantizers[site].freeze()
         for site in sites if self.weights == "float" else ():
             qmodel.quantizers[site].unfit()
-        return report(course, training, loss)
+        told = report(course, training, loss) | {"targets": {"bytes": teacher.needed, "kept": teacher.kept is not None}}
+        if training.latent is not None and loop.crew.is_main_process:
+            told["latent"] = dict(training.latent(float_copy(qmodel)))
+        return told
 
     def _idle(self, qmodel: QuantModel) -> bool:
         """Whether weights are to be trained for activations that are in float."""
@@ -274,6 +278,7 @@ def report(course: Course, training: Training, loss: Distance) -> dict[str, Any]
         "loss": loss.weights,
         "directions": [basis.shape[1] for basis in loss.bases],
         "curve": course.curve,
+        "measured": course.measured,
     }
     if course.diverged is not None:
         told |= {"diverged": course.diverged, "kept": course.good}

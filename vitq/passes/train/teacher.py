@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from vitq.calibrate.moments import Moments
 from vitq.core.batches import ForwardFn, leading_size, moved
+from vitq.core.progress import Progress
 from vitq.core.roles import HEAD_IN
 from vitq.core.site import Graph
 from vitq.core.training import Draw, Training, order_of
@@ -75,13 +76,24 @@ class Teacher:
         model: the float model, watched.
         training: where each example looks the same in every epoch, what the model makes of all of them is computed
             once, before training, if there is room.
+
+    Attributes:
+        needed: bytes that the targets of all examples take, None where they are not to be kept.
+        kept: the targets, None if there is no room.
     """
 
-    def __init__(self, model: Watched, training: Training, device: torch.device) -> None:
+    def __init__(self, model: Watched, training: Training, device: torch.device, progress: Progress) -> None:
         self.model, self.training, self.device = model, training, device
+        self.needed: int | None = None
         self.kept: list[Made] | None = None
         if training.examples.fixed and training.epochs > 1:
-            self.kept = self._all()
+            self.needed = self._needed()
+            if 0 < self.needed <= KEPT:
+                self.kept = self._all(progress)
+            else:
+                told = f"targets of the float model take {self.needed:,} bytes, too many to keep: once more each epoch"
+                with progress.task(told, 1) as task:
+                    task.advance()
 
     @torch.no_grad()
     def __call__(self, inputs: Any, draws: Sequence[Draw]) -> Made:
@@ -94,13 +106,19 @@ class Teacher:
         )
         return features, outputs
 
-    def _all(self) -> list[Made] | None:
+    def _needed(self) -> int:
+        """As one example tells."""
+        features, outputs = next(self._in_order([0]))
+        return sum(t.nbytes for t in (*features, *outputs)) * len(self.training.examples)
+
+    def _all(self, progress: Progress) -> list[Made]:
         kept: list[Made] = []
-        for features, outputs in self._in_order(range(len(self.training.examples))):
-            every = [*features, *outputs]
-            if not every or sum(t.nbytes for t in every) / len(every[0]) * len(self.training.examples) > KEPT:
-                return None
-            kept += [([t[at] for t in features], [t[at] for t in outputs]) for at in range(len(every[0]))]
+        count = len(self.training.examples)
+        with progress.task(f"targets of the float model, {self.needed or 0:,} bytes", count) as task:
+            for features, outputs in self._in_order(range(count)):
+                made = len((*features, *outputs)[0])
+                kept += [([t[at] for t in features], [t[at] for t in outputs]) for at in range(made)]
+                task.advance(made)
         return kept
 
     @torch.no_grad()
