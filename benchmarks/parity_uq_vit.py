@@ -80,6 +80,7 @@ class Official:
         assert spec.loader is not None
         self.script: Any = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(self.script)
+        self.search_alph: Any = self.script.search_alph
         _all_channels_at_once(self.modules.UniformQuantizer)
         original = self.building.attention_forward
         self.building.attention_forward = lambda self, x, **keywords: original(self, x)
@@ -120,7 +121,7 @@ class Official:
                 look(quantized)
             return 0.0, 0.0, 0.0
 
-        script, original = self.script, self.script.search_alph
+        script, original = self.script, self.search_alph
 
         def search(
             grid: Any, block: nn.Module, x: Tensor, target: Tensor, name: str, linear: nn.Module, modules: Any

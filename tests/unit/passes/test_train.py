@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import vitq
+from vitq.calibrate.features import Watched
 from vitq.core.batches import Batches, default_forward
 from vitq.core.errors import ArtifactError, CompositionError, DataError, InputError
 from vitq.core.format import Format
@@ -30,7 +31,7 @@ from vitq.core.training import Draw, Given, Training
 from vitq.data.zoo import build_zoo, seeded_images
 from vitq.passes.train import loop
 from vitq.passes.train.stage import Distance
-from vitq.passes.train.teacher import Teacher, Watched, principal
+from vitq.passes.train.teacher import Teacher, principal
 from vitq.quantizers.layout import Layout
 from vitq.quantizers.uniform import UniformQuantizer
 

@@ -3,7 +3,8 @@
 Shapes:  x (n, C) inputs    W (O, C) weight    s (C,) steps of the channels of x, t (C,) of those of W
 Formula: r = (s / mean s)**(1 - alpha) / (t / mean t)**alpha
          after a norm  x' = (x - low) / r + mean low, where low (C,) is what the channels of x begin at
-         elsewhere     x' = x / r, with the largest |x| of the channels, at least its mean over them, as s, and r >= 1
+         elsewhere     x' = x / r, with m (C,) the largest |x| of the channels, max(m / mean m, 1) as s / mean s,
+                       and r >= 1
          W' = W r; alpha = argmin |Q(x') Q(W')^T - x' W'^T|^2
 Source:  NormQuant of UQ-ViT, AAAI 2026; formulas from the official code, jiujiuwei/UQ-ViT at 3d7d4bb
 
@@ -180,8 +181,7 @@ class _Target:
             ratio = self._in_parts_of_mean(scale) ** (1 - alpha) / weight_part
             return ratio, ratio * low[self.alive].mean() - low
         largest = torch.maximum(low.abs(), (low + scale * (2**self.quantizer.bits - 1)).abs())
-        at_least_mean = torch.maximum(largest, largest.mean())
-        ratio = self._in_parts_of_mean(at_least_mean) ** (1 - alpha) / weight_part
+        ratio = (largest / largest.mean()).clamp(min=1) ** (1 - alpha) / weight_part
         return ratio.clamp(min=1), torch.zeros_like(ratio)
 
     def _in_parts_of_mean(self, steps: Tensor) -> Tensor:

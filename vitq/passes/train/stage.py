@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitq.calibrate.features import Watched, heads_of
 from vitq.calibrate.sensitivity import divergence
 from vitq.core.batches import Batches, device_of, first_of
 from vitq.core.digest import of_tensors
@@ -37,7 +38,7 @@ from vitq.core.training import Draw, Training, TrainingPass
 from vitq.passes.train.keep import Keeper
 from vitq.passes.train.loop import Course, Group, Loop, crew
 from vitq.passes.train.recompute import recomputed
-from vitq.passes.train.teacher import Teacher, Watched, heads_of
+from vitq.passes.train.teacher import Teacher
 from vitq.quantizers.base import Quantizer
 
 LEAST = 0.01  # of its first value: a scale stays above

@@ -1,72 +1,26 @@
 """The float model as a teacher: its features before the heads, and their main directions.
 
-Shapes:  features   for each head (B, T, d), T tokens (1 behind a pooling); of a model without a head of one layer, of
-                    each output    outputs (B, …), (B, classes) for logits    basis (d, k)
+Shapes:  features for each head (B, T, d), as in calibrate/features.py    basis (d, k)
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import Tensor
 
+from vitq.calibrate.features import Made, Watched
 from vitq.calibrate.moments import Moments
-from vitq.core.batches import ForwardFn, leading_size, moved
+from vitq.core.batches import moved
 from vitq.core.progress import Progress
-from vitq.core.roles import HEAD_IN
-from vitq.core.site import Graph
 from vitq.core.training import Draw, Training, order_of
 
 ROUND_TO = 32  # directions, as in the paper
 NOTHING = 1e-6  # of the largest variance: moments are sums of float32 products
 LOOKED_AT = 4096  # examples for the main directions
 KEPT = 2**28  # bytes of targets that are kept instead of computed again
-
-Made = tuple[list[Tensor], list[Tensor]]  # features, outputs
-
-
-def heads_of(graph: Graph, model: nn.Module) -> list[str]:
-    """Modules whose input is compared: heads that are one layer each, quantized or not."""
-    owners = dict.fromkeys(site.owner for site in graph.with_roles(HEAD_IN))
-    return [name for name in owners if name and not any(model.get_submodule(name).children())]
-
-
-class Watched:
-    """A model whose features are seen while it runs; they are float32 whatever it computes in.
-
-    Args:
-        heads: modules.
-    """
-
-    def __init__(self, model: nn.Module, heads: Sequence[str], forward: ForwardFn) -> None:
-        self.model, self.heads, self.forward = model, list(heads), forward
-
-    def __call__(self, inputs: Any) -> Made:
-        """Features, and outputs that are floats by example."""
-        seen: dict[str, Tensor] = {}
-        with self._watching(seen):
-            out = self.forward(self.model, inputs)
-        count = leading_size(inputs)
-        floats = [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor) and t.is_floating_point()]
-        outputs = [t.float() for t in floats if t.ndim > 1 and len(t) == count]
-        rows = [seen[name] for name in self.heads if name in seen] or outputs
-        return [t.float().reshape(count, -1, t.shape[-1]) for t in rows], outputs
-
-    @contextmanager
-    def _watching(self, seen: dict[str, Tensor]) -> Iterator[None]:
-        def look(name: str) -> Any:
-            return lambda module, args: seen.update({name: args[0]})
-
-        handles = [self.model.get_submodule(name).register_forward_pre_hook(look(name)) for name in self.heads]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 class Teacher:
