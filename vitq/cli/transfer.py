@@ -16,7 +16,7 @@ from vitq.cli.evaluate import float_of, without_calibration
 from vitq.core.errors import DataError, InputError
 from vitq.data.images import Batch, ImageSet, open_images
 from vitq.data.preprocess import Preprocess
-from vitq.evaluate.transfer import check_neighbours
+from vitq.evaluate.transfer import check
 from vitq.evaluate.transfer import transfer as read_features
 
 SHARE = 5  # one of so many images is kept for the test, where no others are named
@@ -50,7 +50,6 @@ def transfer(
     """
     say = Say(quiet)
     check_outputs(json)
-    check_neighbours(neighbours)
     if not work.is_artifact(target):
         raise InputError(f"{target} is no artifact: quantize or train a model first")
     where = work.choose_device(device)
@@ -61,9 +60,12 @@ def transfer(
         train_images, test_images = halves(train_images, seed)
     else:
         test_images = without_calibration(qmodel, labelled(test), test, say)
-        unknown = set(test_images.labels.tolist()) - set(train_images.labels.tolist())  # type: ignore[union-attr]
-        if unknown:
-            raise DataError(f"{test} has classes that {data} has not: {', '.join(map(str, sorted(unknown)[:5]))}")
+    assert train_images.labels is not None
+    assert test_images.labels is not None
+    check(train_images.labels, neighbours)
+    unknown = set(test_images.labels.tolist()) - set(train_images.labels.tolist())
+    if unknown:
+        raise DataError(f"among the test images are classes that {data} has not: {sorted(unknown)[:5]}")
     float_model = float_of(qmodel, checkpoint, trust_code, say).to(where)
 
     def batches(images: ImageSet) -> Iterator[Batch]:

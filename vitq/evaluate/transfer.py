@@ -82,20 +82,17 @@ def transfer(
         on_batch: called with the number of images of each batch that has gone through a model.
 
     Raises:
-        DataError: no images, no labels, fewer than two classes, or fewer training images than neighbours.
+        DataError, InputError: as `check` and `features_of`.
         CompositionError: the models give no features.
         MissingExtraError: scikit-learn is not installed.
     """
+    _sklearn("pipeline")  # before long work
     heads = heads_of(qmodel.graph, qmodel.model)
     seen: list[tuple[Rows, Rows]] = []
     for model in (float_model, qmodel.model):
         watched = Watched(model, heads, default_forward)
         seen.append((features_of(watched, train(), device, on_batch), features_of(watched, test(), device, on_batch)))
-    labels = seen[0][0][1]
-    if len(labels.unique()) < 2:
-        raise DataError("the training images are all of one class; a probe needs at least two")
-    if len(labels) < max(neighbours, HELD_OUT):
-        raise DataError(f"{len(labels)} training images are fewer than {max(neighbours, HELD_OUT)}; give more")
+        check(seen[0][0][1], neighbours)
     found: list[Read] = []
     for reader in READERS:
         results = [probe(*rows) if reader == "probe" else vote(*rows, neighbours) for rows in seen]
@@ -112,6 +109,21 @@ def transfer(
             )
         )
     return found
+
+
+def check(labels: Tensor, neighbours: int) -> None:
+    """Refuse training images that readers cannot learn from, before long work.
+
+    Raises:
+        InputError: fewer than one neighbour.
+        DataError: fewer than two classes, or fewer images than neighbours.
+    """
+    if neighbours < 1:
+        raise InputError(f"{neighbours} neighbours cannot vote; take one or more")
+    if len(labels) < max(neighbours, HELD_OUT):
+        raise DataError(f"{len(labels)} training images are fewer than {max(neighbours, HELD_OUT)}; give more")
+    if len(labels.unique()) < 2:
+        raise DataError("the training images are all of one class; a probe needs at least two")
 
 
 @torch.no_grad()
@@ -198,14 +210,3 @@ def _sklearn(name: str) -> Any:
         return importlib.import_module(f"sklearn.{name}")
     except ImportError as error:
         raise MissingExtraError("scikit-learn", "transfer", "reading features") from error
-
-
-def check_neighbours(count: int) -> int:
-    """The number of neighbours.
-
-    Raises:
-        InputError: fewer than one.
-    """
-    if count < 1:
-        raise InputError(f"{count} neighbours cannot vote; take one or more")
-    return count

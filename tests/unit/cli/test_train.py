@@ -172,3 +172,26 @@ def test_a_missing_accelerate_is_told(run: Run, photos: Path, tmp_path: Path, mo
     monkeypatch.setitem(sys.modules, "accelerate", None)
     answer = run(*words(photos, tmp_path / "out"))
     assert "vitq[train]" in answer.error
+
+
+def test_accuracy_is_measured_along_the_way_and_without_quantizers(run: Run, photos: Path, tmp_path: Path) -> None:
+    plain, watched = tmp_path / "plain", tmp_path / "watched"
+    more = ["--epochs", 2, "--eval", photos / "eval"]
+    assert run(*words(photos, plain, *more, "--looks", 0)).code == 0
+    answer = run(*words(photos, watched, *more, "--looks", 3, "--basin"))
+    assert answer.code == 0, answer.err
+    log = vitq.artifact.schema.read(watched / "config.json").log["train"][0]
+    assert [step for step, _ in log["measured"]] == [0, 2, 4, 6]
+    assert {told["images"] for _, told in log["measured"]} == {20}
+    assert f"top-1 {log['measured'][-1][1]['top1']:.2f} % on 20 images" in answer.err
+    latent = log["latent"]
+    assert "without quantizers the trained weights reach" in answer.out
+    assert latent["low"] <= latent["top1"] - latent["top1_float"] <= latent["high"]
+    assert vitq.artifact.schema.read(plain / "config.json").log["train"][0]["measured"] == []
+    assert torch.equal(outputs(plain), outputs(watched)), "to look changes nothing"
+
+
+def test_nothing_is_told_of_weights_without_quantizers_where_there_are_no_images(
+    run: Run, photos: Path, tmp_path: Path
+) -> None:
+    assert "--eval" in run(*words(photos, tmp_path / "out", "--basin")).error
