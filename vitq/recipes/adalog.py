@@ -19,6 +19,7 @@ from vitq.core.format import Format
 from vitq.core.recipe import PassSpec, Recipe, Rule, recipe
 
 SQRT_TWO = 18.5  # q of base sqrt(2)
+CHANNEL_ROWS = 8192  # all of 32 images: what a sample leaves out of a channel is clipped, which 8 bits show
 
 
 @recipe
@@ -42,7 +43,7 @@ def adalog(
     shifted = Format.of("adaptive_log", act_bits, shifted=True, fixed=base, extra_zero_level=parity)
     folded = (roles.QKV_IN, roles.FC1_IN, roles.MERGE_IN)
     search = "progressive" if progressive else "grid"
-    channels = PassSpec.of("fit_products", search=search, mixed=True, rows=rows, steps=steps)
+    channels = PassSpec.of("fit_products", search=search, mixed=True, rows=CHANNEL_ROWS, steps=steps)
     fit = PassSpec.of("fit_products", search=search, alone=True, rounds=rounds, rows=rows, steps=steps)
     return Recipe(
         name="adalog",
