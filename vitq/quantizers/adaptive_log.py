@@ -16,7 +16,7 @@ No logarithm is computed: codes lie between bounds, so they are the same on ever
 from __future__ import annotations
 
 import math
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -142,9 +142,12 @@ class AdaptiveLogQuantizer(Quantizer):
         return value - self.shift if self.shifted else value
 
     def simulate_with(self, x: Tensor, params: Params) -> Tensor:
-        """decode(encode(x)), piece by piece where there are no gradients."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        """decode(encode(x)), piece by piece; gradients are those of these two."""
+        if torch.compiler.is_compiling():
             return self.decode_with(self.encode_with(x, params), params)
+        if torch.is_grad_enabled() and (x.requires_grad or params["scale"].requires_grad):
+            made_with: Tensor = _Simulated.apply(x, params["scale"], params["q"], self)
+            return made_with
         q = params["q"]
         bounds, levels = self._bounds(q), self._levels(q, self._codes(q))
         if q.numel() == 1:
@@ -176,13 +179,33 @@ class AdaptiveLogQuantizer(Quantizer):
         y = (x + self.shift) / params["scale"] if self.shifted else x / params["scale"]
         return y.clamp(2.0 ** -(OCTAVES + 2), 1.0) if y.requires_grad else y.clamp_(2.0 ** -(OCTAVES + 2), 1.0)
 
+    def slopes(self, x: Tensor, grad: Tensor, params: Params) -> tuple[Tensor, Tensor]:
+        """What a gradient of the values is for x and for the scale, both of the shape of x.
+
+        With y = (x + shift) / scale and B the base, value = scale B**-code - shift, and code follows -log y / log B: so
+        the slope by x is B**-code / y, and that by the scale is the level less B**-code (the two are a rounding of T
+        apart); above the scale it is 0 and the level, and both are 0 where the value is zero.
+        """
+        q = params["q"]
+        wide = (x + self.shift) / params["scale"]
+        y = wide.clamp(2.0 ** -(OCTAVES + 2), 1.0)
+        steps, codes = self._steps(y, q, self._bounds(q)), self._codes(q)
+        levels = self._levels(q, codes)
+        exact = torch.where(levels > 0, torch.exp2(codes * q.double()[..., None] / -STEPS), 0.0).float()
+        followed = _picked(exact, steps).mul_(wide.eq(y))
+        by_scale = _picked(levels, steps).sub_(followed).mul_(grad)
+        return followed.div_(y).mul_(grad), by_scale
+
     def _looked_up(self, y: Tensor, q: Tensor, bounds: Tensor, table: Tensor) -> Tensor:
         """table (*q.shape, steps), a value for each number of steps below the scale, at the steps of y; NaN for NaN."""
+        return _picked(table, self._steps(y, q, bounds)).add_(y, alpha=0)
+
+    def _steps(self, y: Tensor, q: Tensor, bounds: Tensor) -> Tensor:
+        """Steps below the scale, at most 2**bits."""
         per_octave = STEPS / q
         steps = y.view(torch.int32).to(torch.float32).mul_(per_octave / -UNIT)
         steps = steps.add_(BIAS * per_octave - (0.5 - SLACK)).clamp_(0, 2**self.bits).floor_()
-        steps.add_(_picked(bounds, steps).gt_(y))  # the right one, or the one before it
-        return _picked(table, steps).add_(y, alpha=0)
+        return steps.add_(_picked(bounds, steps).gt_(y))  # the right one, or the one before it
 
     def _bounds(self, q: Tensor) -> Tensor:
         """(*q.shape, 2**bits + 1) least float32 that is nearest to each number of steps (ties to even); the last 0."""
@@ -216,6 +239,33 @@ class AdaptiveLogQuantizer(Quantizer):
     def _last(self, q: Tensor) -> Tensor:
         """(*q.shape, 1) code of the smallest level."""
         return self._longest(q).clamp(max=self.zero_code - 1)
+
+
+class _Simulated(torch.autograd.Function):
+    """Keeps x alone for the backward, and looks its level up again there; autograd would keep ten tensors of its size."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, q: Tensor, quantizer: AdaptiveLogQuantizer) -> Tensor:
+        ctx.save_for_backward(x, scale, q)
+        ctx.quantizer = quantizer
+        with torch.no_grad():
+            return quantizer.simulate_with(x, {"scale": scale, "q": q})
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, q = ctx.saved_tensors
+        if q.numel() > 1:
+            by_x, by_scale = ctx.quantizer.slopes(x, grad, {"scale": scale, "q": q})
+            return by_x, by_scale.sum_to_size(scale.shape), None, None
+        params, total = {"scale": scale.reshape(1), "q": q.reshape(1)}, torch.zeros_like(scale)
+        by_x = torch.empty(x.shape, dtype=grad.dtype, device=x.device)
+        parts = zip(x.reshape(-1).split(CHUNK), grad.reshape(-1).split(CHUNK), by_x.view(-1).split(CHUNK), strict=True)
+        for part, part_grad, to in parts:
+            slopes, of_scale = ctx.quantizer.slopes(part, part_grad, params)
+            to.copy_(slopes)
+            total += of_scale.sum()
+        return by_x, total, None, None
 
 
 def _picked(table: Tensor, index: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from vitq.core.errors import InputError
 from vitq.core.format import Format
 from vitq.quantizers.adaptive_log import FIRST, LAST, OCTAVES, SHIFT, AdaptiveLogQuantizer
+from vitq.quantizers.layout import Layout
 from vitq.quantizers.log import LogSqrt2Quantizer
 from vitq.quantizers.registry import build_quantizer
 
@@ -178,3 +179,36 @@ def test_every_range_is_tried_with_every_base_and_a_unit_has_one() -> None:
     tried = quantizer.variants(params)
     assert tried["q"].shape == tried["scale"].shape == (2 * (LAST - FIRST + 1), 3)
     assert tried["q"][:, 0].unique().tolist() == list(range(FIRST, LAST + 1))
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("groups", [1, 6])
+def test_gradients_are_those_of_encoding_and_decoding(bits: int, shifted: bool, groups: int) -> None:
+    """The function that forgets its codes against autograd, which keeps them, and its slope by x against the text."""
+    torch.manual_seed(bits)
+    quantizer = AdaptiveLogQuantizer(bits, Layout() if groups == 1 else Layout((-1,), (6,), 1), shifted=shifted)
+    x = F.gelu(2 * torch.randn(300, 6)) if shifted else torch.randn(300, 6).abs()
+    x[0, 0], grad = -SHIFT if shifted else 0.0, torch.randn(300, 6)
+    scale, q = torch.rand(1, groups) + 1, torch.randint(FIRST, LAST, (1, groups)).float()
+
+    def gradients(long_way: bool) -> list[Tensor]:
+        given, learned = x.clone().requires_grad_(), scale.clone().requires_grad_()
+        params = {"scale": learned, "q": q}
+        if long_way:
+            value = quantizer.decode_with(quantizer.encode_with(given, params), params)
+        else:
+            value = quantizer.simulate_with(given, params)
+        value.backward(grad)
+        assert given.grad is not None
+        assert learned.grad is not None
+        return [value.detach(), given.grad, learned.grad]
+
+    (value, by_x, by_scale), wanted = gradients(False), gradients(True)
+    assert torch.equal(value, wanted[0])
+    torch.testing.assert_close(by_x, wanted[1], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(by_scale, wanted[2], rtol=1e-4, atol=1e-4)
+    y = (x.double() + quantizer.shift) / scale.double()
+    code = quantizer.encode_with(x, {"scale": scale, "q": q}).double()
+    slope = torch.where((code < quantizer.zero_code) & (y <= 1), torch.exp2(-code * q.double() / 37) / y, 0.0)
+    torch.testing.assert_close(by_x.double(), slope * grad, rtol=1e-5, atol=1e-7)
