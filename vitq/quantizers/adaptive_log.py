@@ -179,19 +179,26 @@ class AdaptiveLogQuantizer(Quantizer):
         y = (x + self.shift) / params["scale"] if self.shifted else x / params["scale"]
         return y.clamp(2.0 ** -(OCTAVES + 2), 1.0) if y.requires_grad else y.clamp_(2.0 ** -(OCTAVES + 2), 1.0)
 
-    def slopes(self, x: Tensor, grad: Tensor, params: Params) -> tuple[Tensor, Tensor]:
+    def slope_tables(self, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(*q.shape, 2**bits + 1) each: bounds of steps, their levels, and these without the rounding of T."""
+        codes = self._codes(q)
+        levels = self._levels(q, codes)
+        exact = torch.where(levels > 0, torch.exp2(codes * q.double()[..., None] / -STEPS), 0.0).float()
+        return self._bounds(q), levels, exact
+
+    def slopes(
+        self, x: Tensor, grad: Tensor, params: Params, tables: tuple[Tensor, Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
         """What a gradient of the values is for x and for the scale, both of the shape of x.
 
         With y = (x + shift) / scale and B the base, value = scale B**-code - shift, and code follows -log y / log B: so
         the slope by x is B**-code / y, and that by the scale is the level less B**-code (the two are a rounding of T
         apart); above the scale it is 0 and the level, and both are 0 where the value is zero.
         """
-        q = params["q"]
+        bounds, levels, exact = tables
         wide = (x + self.shift) / params["scale"]
         y = wide.clamp(2.0 ** -(OCTAVES + 2), 1.0)
-        steps, codes = self._steps(y, q, self._bounds(q)), self._codes(q)
-        levels = self._levels(q, codes)
-        exact = torch.where(levels > 0, torch.exp2(codes * q.double()[..., None] / -STEPS), 0.0).float()
+        steps = self._steps(y, params["q"], bounds)
         followed = _picked(exact, steps).mul_(wide.eq(y))
         by_scale = _picked(levels, steps).sub_(followed).mul_(grad)
         return followed.div_(y).mul_(grad), by_scale
@@ -242,7 +249,7 @@ class AdaptiveLogQuantizer(Quantizer):
 
 
 class _Simulated(torch.autograd.Function):
-    """Keeps x alone for the backward, and looks its level up again there; autograd would keep ten tensors of its size."""
+    """Keeps x alone for the backward, and looks its level up again there; autograd would keep ten such tensors."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, q: Tensor, quantizer: AdaptiveLogQuantizer) -> Tensor:
@@ -256,13 +263,14 @@ class _Simulated(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, q = ctx.saved_tensors
         if q.numel() > 1:
-            by_x, by_scale = ctx.quantizer.slopes(x, grad, {"scale": scale, "q": q})
+            by_x, by_scale = ctx.quantizer.slopes(x, grad, {"scale": scale, "q": q}, ctx.quantizer.slope_tables(q))
             return by_x, by_scale.sum_to_size(scale.shape), None, None
         params, total = {"scale": scale.reshape(1), "q": q.reshape(1)}, torch.zeros_like(scale)
+        tables = ctx.quantizer.slope_tables(params["q"])
         by_x = torch.empty(x.shape, dtype=grad.dtype, device=x.device)
         parts = zip(x.reshape(-1).split(CHUNK), grad.reshape(-1).split(CHUNK), by_x.view(-1).split(CHUNK), strict=True)
         for part, part_grad, to in parts:
-            slopes, of_scale = ctx.quantizer.slopes(part, part_grad, params)
+            slopes, of_scale = ctx.quantizer.slopes(part, part_grad, params, tables)
             to.copy_(slopes)
             total += of_scale.sum()
         return by_x, total, None, None
