@@ -112,7 +112,8 @@ def command(fn: Callable[P, R]) -> Callable[P, R]:
         except (MemoryError, torch.OutOfMemoryError) as error:
             reason = (str(error).splitlines() or ["no more memory"])[0]
             print_error(
-                f"error: out of memory ({reason}); use a smaller --batch-size or --calib-size, or another device"
+                f"error: out of memory ({reason}); use a smaller --batch-size, --calib-size or --micro-batch, or "
+                f"another device"
             )
         except BrokenPipeError:  # whoever read our output has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

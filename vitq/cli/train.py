@@ -86,6 +86,7 @@ def train_command(
     seed: a.Seed = 0,
     device: a.Device = "auto",
     batch_size: a.BatchSize = 50,
+    skip_bad: a.SkipBad = False,
     force: Annotated[
         bool, typer.Option("--force", help="Replace an artifact, and forget an interrupted run, that are there.")
     ] = False,
@@ -118,16 +119,19 @@ def train_command(
     loaded = work.open_model(model, checkpoint, where, say)
     preprocess = work.need_preprocess(loaded.preprocess, model)
     images = open_images(train, labels=labels, num_classes=loaded.num_classes)
-    images.check(REMEMBERED)  # of more, a sample: each is decoded when it is its turn
+    if skip_bad:
+        images = readable(images, preprocess, train, say)
+    else:
+        images.check(REMEMBERED)  # of more, a sample: each is decoded when it is its turn
     use = labels == "auto" and images.labels is not None
     examples = ImageExamples(images, preprocess, augment=augment, labels=use, seed=seed, workers=workers)
     training = Training(
         examples, epochs, train_batch, micro_batch, precision, recompute, file=state, resume=resume, every=EVERY
     )
-    data, calib = work.calibration(train, min(calib_size, len(images)), seed, preprocess, where, False, say)
-    scored = work.evaluation(eval_data, images, loaded.num_classes, False, say) if eval_data else None
+    data, calib = work.calibration(train, min(calib_size, len(images)), seed, preprocess, where, skip_bad, say)
+    scored = work.evaluation(eval_data, images, loaded.num_classes, skip_bad, say) if eval_data else None
     if scored is not None:
-        judge = Judge(loaded.model, preprocess, batch_size, where, say)
+        judge = Judge(loaded.model, preprocess, batch_size, where, skip_bad, say)
         few = scored[0].sample(min(LOOKED_AT, len(scored[0])), seed)
         training = replace(
             training,
@@ -169,12 +173,24 @@ def train_command(
     qmodel.provenance |= {"calibration_images": data.count, "training_images": len(images)}
     if len(images) > REMEMBERED:
         say.note(f"of more than {REMEMBERED} images the artifact does not remember which: evaluate on others yourself")
-    result = Finish(out, force, eval_data, batch_size, False).save_and_score(
+    result = Finish(out, force, eval_data, batch_size, skip_bad).save_and_score(
         qmodel, loaded.model, result, scored, preprocess, where, say
     )
     remove(states)  # the artifact is there: nothing to go on with
     report(result, out, say)
     write_json(json, result)
+
+
+def readable(images: ImageSet, preprocess: Preprocess, data: str, say: Say) -> ImageSet:
+    """The images that can be decoded: each is, once, so that a run does not stop at one after hours.
+
+    Raises:
+        DataError: none can.
+    """
+    with say.task("decoding every image once", len(images)) as task:
+        for batch in images.batches(preprocess, batch_size=32, skip_bad=True):
+            task.advance(len(batch.ids))
+    return work.say_skipped(images, data, say)
 
 
 @dataclass(frozen=True)
@@ -185,18 +201,20 @@ class Judge:
     preprocess: Preprocess
     batch_size: int
     where: torch.device
+    skip_bad: bool
     say: Say
 
     def short(self, images: ImageSet, model: nn.Module) -> dict[str, float]:
         """Top-1 in percent."""
-        found = evaluate_classifier(model, images.batches(self.preprocess, self.batch_size), device=self.where)
+        batches = images.batches(self.preprocess, self.batch_size, skip_bad=self.skip_bad)
+        found = evaluate_classifier(model, batches, device=self.where)
         assert found.top1 is not None
         self.say.note(f"top-1 {found.top1:.2f} % on {found.images} images")
         return {"images": found.images, "top1": found.top1}
 
     def whole(self, images: ImageSet, model: nn.Module) -> dict[str, float]:
         """Top-1 of the model and of the original one in percent, and the difference in points, paired."""
-        batches = images.batches(self.preprocess, self.batch_size)
+        batches = images.batches(self.preprocess, self.batch_size, skip_bad=self.skip_bad)
         pair = evaluate_pair(self.original, model, batches, device=self.where)
         assert pair.difference is not None
         assert pair.quantized.top1 is not None

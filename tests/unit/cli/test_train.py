@@ -15,7 +15,7 @@ import torch
 
 import vitq
 
-from .conftest import Run
+from .conftest import Run, write_images
 
 RATES = ("--option", "rate=1e-3", "--option", "scale_rate=1e-2")
 
@@ -195,3 +195,16 @@ def test_nothing_is_told_of_weights_without_quantizers_where_there_are_no_images
     run: Run, photos: Path, tmp_path: Path
 ) -> None:
     assert "--eval" in run(*words(photos, tmp_path / "out", "--basin")).error
+
+
+def test_unreadable_images_are_left_out_where_that_is_asked_for(run: Run, tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "photos", 20, 0)
+    bad = sorted(folder.rglob("*.png"))[3]
+    bad.write_bytes(bad.read_bytes()[:300])  # its header can be read
+    out = tmp_path / "out"
+    given = ["train", "zoo:seeded_vit", "--train", folder, "--out", out, "--train-batch", 4, "--calib-size", 8, *RATES]
+    assert bad.name in run(*given).error
+    answer = run(*given, "--force", "--skip-bad", json_file=True)
+    assert answer.code == 0, answer.err
+    assert answer.json["training_images"] == 19
+    assert f"skipped 1 unreadable images of {folder}" in answer.err
