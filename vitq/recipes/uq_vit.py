@@ -4,11 +4,13 @@ inputs of linears, channels are balanced between activations and weights, so tha
 Source: UQ-ViT, AAAI 2026 (it has no arXiv number); formulas from the official code, jiujiuwei/UQ-ViT at 3d7d4bb
 
 Differs from the official code in four ways. Alphas are chosen by the error of the linear's own output on 256 rows, not
-by that of the whole block on all images. Behind attention the ratio moves into the value projection; the code divides
-at run time. Behind the activation function, where only that is possible, `fc2=True` does it, and counts it; the default
-is off, as it is in the code with fewer than 256 calibration images. Channels that are constant after a norm move into
-the bias (the code takes the range of GELU's dip for them). As in the code, the probabilities that are kept apart and
-the steps of the rows are floats: products with probabilities are integer products per row, scaled, plus one value row.
+by that of the whole block on all images; with the code's model at w4a4 the divergence from the float model is 0.62 to
+0.71 nats on three draws, with ours 0.01 to 0.06 more (results/parity_uq_vit.csv). Behind attention the ratio moves into
+the value projection; the code divides at run time. Behind the activation function, where only that is possible,
+`fc2=True` does it, and counts it; the default is off, as it is in the code with fewer than 256 calibration images.
+Channels that are constant after a norm move into the bias (the code takes the range of GELU's dip for them). As in the
+code, the probabilities that are kept apart and the steps of the rows are floats: products with probabilities are
+integer products per row, scaled, plus one value row.
 """
 
 from __future__ import annotations
