@@ -10,8 +10,9 @@ Differs from the paper in what, taken together, did better with 100 photos (one 
 Channel scales behind LayerNorms are folded before training, exactly: norms and weights are trained, so that channels
 can still move (the paper has channel scales everywhere, and does not say how they are deployed). Attention
 probabilities and what comes behind GELU have adaptive logarithms (AdaLog), and ranges are searched by the error of
-products before training. In stage 2 codes are chosen column by column (GPTQ) and biases corrected; with `columns=false`
-they are the nearest ones, and every block gets a linear map (QwT), as in the paper. Ranges are not symmetric. Scales
+products before training. In stage 2 codes are chosen column by column (GPTQ), and biases stay as they were trained:
+corrected towards what the weights give without quantizers, they would undo what was learned. With `columns=false` codes
+are the nearest ones, and every block gets a linear map (QwT), as in the paper. Ranges are not symmetric. Scales
 have a rate of their own, in parts of their size, as the paper's rate alone would hardly move them in few steps. Where
 examples have labels the cross-entropy is added with a weight of one, which the paper does not give.
 """
@@ -50,14 +51,14 @@ def gplq(
         softmax: format of attention probabilities.
         gelu: format behind GELU.
         search: ranges of activations by the error of products, before training.
-        columns: codes of weights column by column, and biases corrected; else the nearest, and a map beside each block.
+        columns: codes of weights column by column; else the nearest, and a map beside each block.
     """
     fit = PassSpec.of("fit", method="percentile_mse", weight_method="percentile_mse", flow="prefix")
     train = PassSpec.of(
         "train", rate=rate, scale_rate=scale_rate, features=features, labels=labels, logits=logits, variance=variance
     )
     by_products = PassSpec.of("fit_products", objective="mse", rounds=1, steps=16, weights=False)
-    rounded = PassSpec.of("round_columns", weighted=True, biases=True)
+    rounded = PassSpec.of("round_columns", weighted=True)
     folded = (roles.QKV_IN, roles.FC1_IN, roles.MERGE_IN)
     after_gelu = Format.of(gelu, act_bits, shifted=True) if gelu == SEARCHED else Format(gelu, act_bits)
     return Recipe(
