@@ -5,7 +5,7 @@ is decoded. `float` trains the float model: cross-entropy, all weights, AdamW. T
 their pass `train`, w4a4, with labels; the float model as a teacher runs in every step, as with augmentation. Each
 measurement is a process of its own, and all go one after the other, in turns. A row says
 
-    step_seconds  median over steps, in the last of the turns the median of these
+    step_seconds  the median over turns of the median over steps
     ratio         of that to float training of the same model and batch, on the same device
     grown_mb      by how much the peak memory of the process grew with training, from where the model and the images
                   were (CUDA: peak of what is allocated, minus that)
@@ -150,8 +150,8 @@ def main() -> int:
         print(json.dumps(measure(shared, *args.one, batch, steps, how)))
         return 0
     file, models = results_folder(args) / "training_step.csv", args.models[:1] if args.quick else args.models
-    told = Steps(len(models) * len(args.kinds) * turns)
     kinds = [FLOAT, *(kind for kind in args.kinds if kind != FLOAT)]
+    told = Steps(len(models) * len(kinds) * turns)
     for model in models:
         found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
         for _ in range(turns):
