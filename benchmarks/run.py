@@ -24,6 +24,7 @@ ON_PHOTOS = (
     "objectives.py",
     "growth.py",
     "training.py",
+    "training_step.py",
 )
 
 
