@@ -7,7 +7,7 @@ model along their main directions (60 % of the variance). Stage 2 quantizes the 
 channel.
 
 Differs from the paper in what, taken together, did better with 100 photos (one draw, results/training.csv). With 600
-photos the divergence from the float model is 0.04 to 0.09 nats below that of `vitq_calib` (three draws, docs/training.md).
+photos the divergence from the float model is 0.04 to 0.09 nats below that of `vitq_calib` (three draws).
 Channel scales behind LayerNorms are folded before training, exactly: norms and weights are trained, so that channels
 can still move (the paper has channel scales everywhere, and does not say how they are deployed). Attention
 probabilities and what comes behind GELU have adaptive logarithms (AdaLog), and ranges are searched by the error of
