@@ -131,6 +131,7 @@ FLAGS: dict[str, list[str]] = {
         "--neighbours",
         "--quiet -q",
         "--seed",
+        "--skip-bad",
         "--test",
         "--trust-code",
     ],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Annotated
 
 import numpy as np
@@ -14,7 +13,8 @@ from vitq.cli import work
 from vitq.cli.console import Say, check_outputs, command, write_json
 from vitq.cli.evaluate import float_of, without_calibration
 from vitq.core.errors import DataError, InputError
-from vitq.data.images import Batch, ImageSet, open_images
+from vitq.data.folder import check_same_classes
+from vitq.data.images import ImageSet, without_overlap
 from vitq.data.preprocess import Preprocess
 from vitq.evaluate.transfer import check
 from vitq.evaluate.transfer import transfer as read_features
@@ -35,6 +35,7 @@ def transfer(
     seed: a.Seed = 0,
     device: a.Device = "auto",
     batch_size: a.BatchSize = 50,
+    skip_bad: a.SkipBad = False,
     trust_code: a.TrustCode = False,
     json: a.Json = None,
     quiet: a.Quiet = False,
@@ -55,11 +56,15 @@ def transfer(
     where = work.choose_device(device)
     qmodel = load(target, trust_code=trust_code).to(where)
     preprocess = work.need_preprocess(Preprocess.from_dict(qmodel.preprocess) if qmodel.preprocess else None, target)
-    train_images = without_calibration(qmodel, labelled(data), data, say)
+    train_images = without_calibration(qmodel, work.labelled(data, None, skip_bad), data, say)
     if test is None:
-        train_images, test_images = halves(train_images, seed)
+        train_images, test_images = set_apart(train_images, seed)
     else:
-        test_images = without_calibration(qmodel, labelled(test), test, say)
+        check_same_classes(data, test)
+        test_images = without_calibration(qmodel, work.labelled(test, None, skip_bad), test, say)
+        test_images, left_out = without_overlap(train_images, test_images)
+        if left_out:
+            say.note(f"{len(left_out)} images of {test} are among those of {data}, too; they are left out of the test")
     assert train_images.labels is not None
     assert test_images.labels is not None
     check(train_images.labels, neighbours)
@@ -67,21 +72,18 @@ def transfer(
     if unknown:
         raise DataError(f"among the test images are classes that {data} has not: {sorted(unknown)[:5]}")
     float_model = float_of(qmodel, checkpoint, trust_code, say).to(where)
-
-    def batches(images: ImageSet) -> Iterator[Batch]:
-        return images.batches(preprocess, batch_size)
-
-    total = 2 * (len(train_images) + len(test_images))
-    with say.task("features of both models", total) as task:
+    with say.task("features of both models", len(train_images) + len(test_images)) as task:
         found = read_features(
             float_model,
             qmodel,
-            lambda: batches(train_images),
-            lambda: batches(test_images),
+            train_images.batches(preprocess, batch_size, skip_bad=skip_bad),
+            test_images.batches(preprocess, batch_size, skip_bad=skip_bad),
             neighbours=neighbours,
             device=where,
             on_batch=task.advance,
         )
+    train_images = work.say_skipped(train_images, data, say)
+    test_images = work.say_skipped(test_images, test or data, say)
     for read in found:
         say.result(
             f"{read.reader}: top-1 {read.top1:.2f} %, float {read.top1_float:.2f} % (difference "
@@ -102,21 +104,8 @@ def transfer(
     )
 
 
-def labelled(data: str) -> ImageSet:
-    """Images with labels of whatever classes.
-
-    Raises:
-        DataError: no labels, or unreadable images.
-    """
-    images = open_images(data)
-    if images.labels is None:
-        raise DataError(f"{data} has no labels; a probe needs class folders, labels.csv or a label column")
-    images.check()
-    return images
-
-
-def halves(images: ImageSet, seed: int) -> tuple[ImageSet, ImageSet]:
-    """Images to learn from and to test on, drawn by the seed.
+def set_apart(images: ImageSet, seed: int) -> tuple[ImageSet, ImageSet]:
+    """Images to learn from, and one of SHARE to test on, drawn by the seed.
 
     Raises:
         DataError: too few for both.

@@ -43,7 +43,7 @@ def open_folder(root: Path, labels: str, num_classes: int | None) -> FileStore:
             f"{str(root)!r} holds both images ({loose}) and folders of images, so its classes are unclear. "
             "Move the loose images away, or read all without labels (labels='none')."
         )
-    classes = sorted(e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith("."))
+    classes = _folders(root)
     if all(name.count("/") >= 2 for name in nested):
         raise DataError(
             f"{str(root)!r} holds folders of folders ({some(classes)}): splits rather than classes? "
@@ -51,6 +51,28 @@ def open_folder(root: Path, labels: str, num_classes: int | None) -> FileStore:
         )
     index = class_indices(classes, num_classes, str(root))
     return _store(root, ids, [index[name.split("/", 1)[0]] for name in ids])
+
+
+def check_same_classes(learned: str | Path, tested: str | Path) -> None:
+    """Refuse two places with class folders of which a folder's rank tells different classes.
+
+    Raises:
+        DataError: naming folders that only one of them has.
+    """
+    places = [Path(learned), Path(tested)]
+    if any(not place.is_dir() or (place / LABELS_FILE).is_file() for place in places):
+        return
+    names = [set(_folders(place)) for place in places]
+    if names[0] == names[1] or all(WNID.fullmatch(name) for name in names[0] | names[1]):
+        return
+    raise DataError(
+        f"{places[0]} and {places[1]} have other class folders ({some(sorted(names[0] ^ names[1]))}), so a folder's "
+        f"rank does not tell its class. Give both the same folders, empty ones too, or a labels.csv (file,label)."
+    )
+
+
+def _folders(root: Path) -> list[str]:
+    return sorted(e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith("."))
 
 
 def class_indices(names: list[str], num_classes: int | None, where: str) -> dict[str, int]:

@@ -122,7 +122,7 @@ def evaluate_classifier(
         InputError: an output that holds no (B, classes) logits.
     """
     tally = _Tally(keep_logits)
-    with _evaluating(model):
+    with evaluating(model):
         for batch in batches:
             tally.add(batch, _logits(model, batch, device, "the model"))
             if on_batch is not None:
@@ -145,7 +145,7 @@ def evaluate_pair(
     """
     first, second = _Tally(keep_logits), _Tally(keep_logits)
     kl_sum = 0.0
-    with _evaluating(float_model), _evaluating(quantized_model):
+    with evaluating(float_model), evaluating(quantized_model):
         for batch in batches:
             expected = _logits(float_model, batch, device, "the float model")
             logits = _logits(quantized_model, batch, device, "the quantized model")
@@ -273,7 +273,8 @@ def _check_labels(labels: Tensor, classes: int, ids: Sequence[str]) -> None:
 
 
 @contextmanager
-def _evaluating(model: Model) -> Iterator[None]:
+def evaluating(model: Model) -> Iterator[None]:
+    """In evaluation mode and without gradients; training flags are put back after."""
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     flags = [module.training for module in modules]
     # inference_mode would leave tensors that autograd refuses in whatever the model caches.

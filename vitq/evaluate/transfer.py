@@ -9,7 +9,8 @@ Source:  the question is GPLQ's, arXiv 2506.11784, section 4.2 (it trains a prob
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ from vitq.calibrate.features import Watched, heads_of
 from vitq.core.batches import default_forward
 from vitq.core.errors import CompositionError, DataError, InputError, MissingExtraError
 from vitq.core.qmodel import QuantModel
-from vitq.evaluate.classify import Batch
+from vitq.evaluate.classify import Batch, evaluating
 from vitq.evaluate.metrics import PairedDifference, bootstrap_interval, paired_difference, rounded
 
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # of the probe's inverse regularization; a fifth of the images chooses
@@ -66,8 +67,8 @@ class Read:
 def transfer(
     float_model: nn.Module,
     qmodel: QuantModel,
-    train: Callable[[], Iterable[Batch]],
-    test: Callable[[], Iterable[Batch]],
+    train: Iterable[Batch],
+    test: Iterable[Batch],
     *,
     neighbours: int = 20,
     device: str | torch.device = "cpu",
@@ -77,9 +78,9 @@ def transfer(
 
     Args:
         float_model: the model that was quantized.
-        train, test: labelled images, from the beginning each time; of any classes.
+        train, test: labelled images of any classes; each batch goes through both models.
         neighbours: how many vote.
-        on_batch: called with the number of images of each batch that has gone through a model.
+        on_batch: called with the number of images of each batch.
 
     Raises:
         DataError, InputError: as `check` and `features_of`.
@@ -88,11 +89,10 @@ def transfer(
     """
     _sklearn("pipeline")  # before long work
     heads = heads_of(qmodel.graph, qmodel.model)
-    seen: list[tuple[Rows, Rows]] = []
-    for model in (float_model, qmodel.model):
-        watched = Watched(model, heads, default_forward)
-        seen.append((features_of(watched, train(), device, on_batch), features_of(watched, test(), device, on_batch)))
-        check(seen[0][0][1], neighbours)
+    models = [Watched(model, heads, default_forward) for model in (float_model, qmodel.model)]
+    learned = features_of(models, train, device, on_batch)
+    check(learned[0][1], neighbours)
+    seen = list(zip(learned, features_of(models, test, device, on_batch), strict=True))
     found: list[Read] = []
     for reader in READERS:
         results = [probe(*rows) if reader == "probe" else vote(*rows, neighbours) for rows in seen]
@@ -126,43 +126,40 @@ def check(labels: Tensor, neighbours: int) -> None:
         raise DataError("the training images are all of one class; a probe needs at least two")
 
 
-@torch.no_grad()
 def features_of(
-    watched: Watched,
+    models: Sequence[Watched],
     batches: Iterable[Batch],
     device: str | torch.device = "cpu",
     on_batch: Callable[[int], None] | None = None,
-) -> Rows:
-    """Features and labels of images; the model is in evaluation mode meanwhile.
+) -> list[Rows]:
+    """Features and labels of images by each model; models are in evaluation mode meanwhile.
 
     Raises:
         DataError: no images, no labels, or features that are no numbers.
-        CompositionError: the model gives no features.
+        CompositionError: a model gives no features.
     """
-    rows: list[Tensor] = []
+    rows: list[list[Tensor]] = [[] for _ in models]
     labels: list[Tensor] = []
-    modes = {module: module.training for module in watched.model.modules()}
-    watched.model.eval()
-    try:
+    with ExitStack() as modes:
+        for watched in models:
+            modes.enter_context(evaluating(watched.model))
         for batch in batches:
             if batch.labels is None:
                 raise DataError("the images have no labels; a probe needs class folders, labels.csv or a label column")
-            features, _ = watched(batch.images.to(device))
-            if not features:
-                raise CompositionError("the model gives no features: it has no head of one layer, and no outputs")
-            rows.append(torch.cat([t.mean(1) for t in features], 1).cpu())
+            images = batch.images.to(device)
+            for watched, own in zip(models, rows, strict=True):
+                features, _ = watched(images)
+                if not features:
+                    raise CompositionError("the model gives no features: it has no head of one layer, and no outputs")
+                own.append(torch.cat([t.mean(1) for t in features], 1).cpu())
+                if not own[-1].isfinite().all():
+                    raise DataError(f"features are NaN or infinite for images from {batch.ids[0]!r} on")
             labels.append(batch.labels)
             if on_batch is not None:
                 on_batch(len(batch.labels))
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-    if not rows:
+    if not labels:
         raise DataError("there is no image")
-    found = torch.cat(rows)
-    if not torch.isfinite(found).all():
-        raise DataError("features are NaN or infinite for some images")
-    return found, torch.cat(labels)
+    return [(torch.cat(own), torch.cat(labels)) for own in rows]
 
 
 def probe(train: Rows, test: Rows) -> tuple[Tensor, dict[str, Any]]:

@@ -80,7 +80,7 @@ def gplq(
             *((by_products,) if search else ()),
             train,
             fit,
-            rounded if columns else PassSpec.of("compensate_blocks"),
+            rounded if columns else PassSpec.of("compensate_blocks", weights_only=True),
             *((PassSpec.of("fold_input_shift"),) if gelu == SEARCHED else ()),
         ),
         note="a reconstruction: no code was published",

@@ -47,7 +47,9 @@ def test_a_fifth_is_kept_for_the_test_and_nothing_that_was_calibrated_on(run: Ru
     [
         (["--neighbours", 0], "cannot vote"),
         (["--neighbours", 40], "fewer than 40"),
-        (["--test", "many"], r"classes that"),
+        (["--test", "many"], "other class folders"),
+        (["--test", "listed"], "classes that"),
+        (["--test", "two"], "calibration images too"),
         (["--data", "flat"], "no labels"),
         (["--data", "one"], "one class"),
     ],
@@ -58,6 +60,8 @@ def test_bad_input_is_refused_before_long_work(
     write_images(tmp_path / "two", 20, 5, classes=2)
     write_images(tmp_path / "many", 10, 6, classes=5)
     write_images(tmp_path / "flat", 10, 6, classes=0)
+    write_images(tmp_path / "listed", 4, 8, classes=0)
+    (tmp_path / "listed" / "labels.csv").write_text("file,label\n" + "".join(f"{n:03}.png,{n}\n" for n in range(4)))
     write_images(tmp_path / "one", 20, 7, classes=1)
     given = [tmp_path / word if isinstance(word, str) and not word.startswith("--") else word for word in more]
     data = [] if "--data" in given else ["--data", tmp_path / "two"]
@@ -66,3 +70,21 @@ def test_bad_input_is_refused_before_long_work(
 
 def test_a_model_is_no_artifact(run: Run, photos: Path) -> None:
     assert "no artifact" in run("transfer", "zoo:seeded_vit", "--data", photos / "eval").error
+
+
+def test_images_that_were_learned_from_are_no_test(run: Run, artifact: Path, tmp_path: Path) -> None:
+    learn, test = write_images(tmp_path / "learn", 20, 5, classes=2), write_images(tmp_path / "test", 10, 6, classes=2)
+    (test / "class0" / "again.png").write_bytes((learn / "class0" / "000.png").read_bytes())
+    answer = run("transfer", artifact, "--data", learn, "--test", test, "--neighbours", 3, json_file=True)
+    assert answer.json["test_images"] == 10
+    assert "1 images" in answer.err
+
+
+def test_unreadable_images_are_left_out_where_that_is_asked_for(run: Run, artifact: Path, tmp_path: Path) -> None:
+    learn = write_images(tmp_path / "learn", 20, 5, classes=2)
+    bad = learn / "class1" / "003.png"
+    bad.write_bytes(bad.read_bytes()[:300])
+    words = ("transfer", artifact, "--data", learn, "--neighbours", 3)
+    assert "003.png" in run(*words).error
+    answer = run(*words, "--skip-bad", json_file=True)
+    assert answer.json["training_images"] + answer.json["test_images"] == 19

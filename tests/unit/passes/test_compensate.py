@@ -10,7 +10,10 @@ from torch import Tensor, nn
 
 import vitq
 from vitq.core.errors import CompositionError, DataError, InputError
+from vitq.core.format import Bits, Format
 from vitq.core.qmodel import QuantModel
+from vitq.core.recipe import PassSpec, Recipe, Rule
+from vitq.core.roles import WEIGHT
 from vitq.data.zoo import build_zoo, seeded_images
 from vitq.passes.compensate.blocks import CHILD, CompensateBlockRewrite, CompensateBlocks, _Regression
 from vitq.passes.fit import Fit
@@ -158,6 +161,41 @@ def test_mechanism_the_map_lowers_the_error_of_the_blocks_on_other_images(model:
     last = names[-1]
     # Folding changes no block's function, so that the float blocks serve as reference for both.
     assert block_error(helped, float_model, last, others) < block_error(plain, float_model, last, others)
+
+
+def compensated(model: str, bits: str, weights_only: bool) -> QuantModel:
+    weight, act = Bits.parse(bits).weight, Bits.parse(bits).act
+    assert weight is not None
+    assert act is not None
+    rules = (Rule(Format("uniform", act)), Rule(Format("uniform", weight, "channel"), roles=(WEIGHT,)))
+    passes = (PassSpec.of("fit"), PassSpec.of("compensate_blocks", weights_only=weights_only))
+    return vitq.quantize(build_zoo(model), Recipe("x", "", rules, passes), bits, seeded_images(32))
+
+
+@each_model
+def test_what_activations_lost_is_made_up_for_only_where_that_is_wanted(model: str) -> None:
+    logs = {
+        (bits, only): compensated(model, bits, only).log["compensate_blocks"]
+        for bits in ("w16a4", "w4a16")
+        for only in (False, True)
+    }
+    assert logs["w16a4", True]["blocks"] == 0
+    assert logs["w16a4", False]["blocks"] > 0
+    assert logs["w4a16", True]["blocks"] > 0
+    assert logs["w4a16", True] == pytest.approx(logs["w4a16", False], abs=2e-3)  # 16 bits of activations lose little
+
+
+@each_model
+def test_behind_trained_activations_the_map_leads_to_the_model_with_float_weights(model: str) -> None:
+    others = seeded_images(64)[32:]
+    weights = [compensated(model, "w16a4", True), *(compensated(model, "w4a4", only) for only in (False, True))]
+    name = next(n for n in weights[2].graph.blocks if hasattr(weights[2].model.get_submodule(n), CHILD))
+    first = block_outputs(weights[0].model, [name], others)[name]
+    errors = []
+    for helped in weights[1:]:
+        with torch.no_grad():
+            errors.append(float((helped.model.get_submodule(name)(first[0]) - first[1]).square().mean()))
+    assert errors[1] < errors[0]
 
 
 def test_the_moments_give_the_regression_of_all_rows() -> None:

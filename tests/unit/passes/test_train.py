@@ -591,6 +591,16 @@ def test_a_state_that_is_there_is_not_begun_anew(tmp_path: Path) -> None:
     assert (tmp_path / "state.0").read_bytes() == before
 
 
+def test_no_float_model_is_asked_where_labels_are_all_that_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked(*args: Any) -> None:
+        raise AssertionError("the float model ran")
+
+    monkeypatch.setattr(Teacher, "__init__", asked)
+    told = trained(gplq_like(features=0.0, labels=1.0)).log["train"][0]
+    assert told["loss"] == {"labels": 1.0}
+    assert "targets" not in told
+
+
 def test_the_forward_may_run_in_bfloat16() -> None:
     wide, narrow = (trained(precision=precision).log["train"][0]["start"] for precision in ("no", "bf16"))
     assert narrow != wide

@@ -23,7 +23,7 @@ from vitq.core.progress import Progress
 from vitq.core.qmodel import QuantModel
 from vitq.core.recipe import ACT_SCALES, PASSES, WEIGHT_SCALES, Pass
 from vitq.core.rewrite import REWRITES, Rewrite
-from vitq.core.roles import FC1_IN, QKV_IN
+from vitq.core.roles import FC1_IN, QKV_IN, WEIGHT
 
 CHILD = "compensation"
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -110,6 +110,8 @@ class CompensateBlocks(Pass):
     Args:
         ridge: of the regression, in parts of the mean square of the inputs; 0 chooses it for each block among RIDGES,
             by the error on images that were not fitted on (two folds).
+        weights_only: make up for what weights lost alone: the float output f is that of float weights with activations
+            quantized as they are. Behind a training they have learned to fit these.
 
     A block that changes the shape of its input, or gains nothing on images that were not fitted on, gets none.
     """
@@ -120,10 +122,10 @@ class CompensateBlocks(Pass):
     keeps_float_output = False
     cost = "three forwards of the calibration images, one of them in float"
 
-    def __init__(self, ridge: float = 0.0) -> None:
+    def __init__(self, ridge: float = 0.0, weights_only: bool = False) -> None:
         if ridge < 0:
             raise CompositionError(f"pass 'compensate_blocks': ridge {ridge} must not be negative")
-        self.ridges = (ridge,) if ridge else RIDGES
+        self.ridges, self.weights_only = (ridge,) if ridge else RIDGES, weights_only
 
     def check(self, qmodel: QuantModel, data: Batches | None) -> None:
         """Refuse to work without two images, or on a model without blocks."""
@@ -152,7 +154,7 @@ class CompensateBlocks(Pass):
         }
 
     def _fit(self, qmodel: QuantModel, name: str, block: nn.Module, inputs: Store, images: int) -> _Found | None:
-        sites = [s for s in qmodel.sites() if s.block == name]
+        sites = [s for s in qmodel.sites() if s.block == name and (s.role == WEIGHT or not self.weights_only)]
         channels = {s.shape[-1] for s in qmodel.graph.sites.values() if s.block == name and s.role in READS_HIDDEN}
         on = [s for s in sites if qmodel.quantizers[s].state != "off"]
         folds: list[_Regression] = []

@@ -146,9 +146,11 @@ class Train(TrainingPass):
         training, device = self.training or Training.on(data), where(qmodel)
         fingerprint = self._fingerprint(qmodel, training)
         heads = heads_of(qmodel.graph, qmodel.model)
-        watched = Watched(self.teacher or float_copy(qmodel), heads, data.forward)
-        teacher = Teacher(watched, training, device, progress)
-        bases = teacher.bases(self.variance, qmodel.plan.seed) if self.parts["features"] else []
+        teacher = None
+        if self.parts["features"] or self.parts["logits"]:
+            watched = Watched(self.teacher or float_copy(qmodel), heads, data.forward)
+            teacher = Teacher(watched, training, device, progress)
+        bases = teacher.bases(self.variance, qmodel.plan.seed) if teacher and self.parts["features"] else []
         weights = {name: w for name, w in self.parts.items() if w and (name != "labels" or training.examples.labelled)}
         autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=training.precision == "bf16")
         loss = Distance(Watched(qmodel.model, heads, data.forward), teacher, bases, weights, autocast)
@@ -163,7 +165,9 @@ class Train(TrainingPass):
             qmodel.quantizers[site].freeze()
         for site in sites if self.weights == "float" else ():
             qmodel.quantizers[site].unfit()
-        told = report(course, training, loss) | {"targets": {"bytes": teacher.needed, "kept": teacher.kept is not None}}
+        told = report(course, training, loss)
+        if teacher is not None:
+            told["targets"] = {"bytes": teacher.needed, "kept": teacher.kept is not None}
         if training.latent is not None and loop.crew.is_main_process:
             told["latent"] = dict(training.latent(float_copy(qmodel)))
         return told
@@ -229,6 +233,7 @@ class Distance:
 
     Args:
         student: the quantized model.
+        teacher: None where labels are all that is compared with.
         bases: for each head (d, k) directions along which its features are compared.
         weights: part -> its weight.
         autocast: what the student runs in; the rest is float32.
@@ -237,7 +242,7 @@ class Distance:
     def __init__(
         self,
         student: Watched,
-        teacher: Teacher,
+        teacher: Teacher | None,
         bases: list[Tensor],
         weights: dict[str, float],
         autocast: Callable[[], AbstractContextManager[Any]],
@@ -247,7 +252,7 @@ class Distance:
 
     def __call__(self, inputs: Any, labels: Tensor | None, draws: Sequence[Draw]) -> dict[str, Tensor]:
         """Its parts, summed over these examples; features are compared in the mean over tokens."""
-        wanted, float_outputs = self.teacher(inputs, draws)
+        wanted, float_outputs = self.teacher(inputs, draws) if self.teacher else ([], [])
         with self.autocast():
             features, outputs = self.student(inputs)
         parts: dict[str, Tensor] = {}
@@ -256,11 +261,9 @@ class Distance:
             far = [((f - to) @ basis).square().sum() / f.shape[1] for f, to, basis in pairs]
             parts["features"] = torch.stack(far).sum()
         if "labels" in self.weights and labels is not None:
-            classes = outputs[0].shape[1]
-            if not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-                raise DataError(
-                    f"labels are {int(labels.min())} to {int(labels.max())}, and the model has {classes} classes"
-                )
+            classes, (low, high) = outputs[0].shape[1], torch.stack(labels.aminmax()).tolist()
+            if not 0 <= low <= high < classes:
+                raise DataError(f"labels are {low} to {high}, and the model has {classes} classes")
             parts["labels"] = F.cross_entropy(outputs[0], labels, reduction="sum")
         if "logits" in self.weights:
             both = zip(outputs, float_outputs, strict=True)
