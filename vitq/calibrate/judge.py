@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +20,16 @@ from vitq.quantizers.base import Params, Quantizer
 LARGEST = 2**21  # values of a tensor of candidates
 OWN = 2**14  # values of a group that stand for all when its own error is looked at first
 PART = 8  # one in so many rows is looked at first, and one in so many candidates then on all
+FINAL = 16  # candidates at most that are looked at on all
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """Candidates on one sample: what scores them, its largest tensor for one of them, and values of the product."""
+
+    error: Callable[[Params], Tensor]
+    largest: int
+    values: int
 
 
 @dataclass
@@ -40,13 +49,15 @@ class Judge:
     chunks: list[Chunk]
     quantizers: tuple[Quantizer | None, Quantizer | None]
     objective: Objective
+    _ready: dict[tuple[bool, bool, int], _Comparison] = field(default_factory=dict)
+    _ready_for: tuple[str, Params] | None = None
 
     def best(self, side: str, params: Params, *, alone: bool = False) -> Tensor:
         """(1, G) best candidate of each group: all are compared on a part, the best of them on everything."""
         count = next(iter(params.values())).shape[0]
-        if count < 2 * PART:
+        if count < 2 * PART or (not alone and all(self._has_moments(side, chunk) for chunk in self.chunks)):
             return self.score(side, params, alone=alone).argmin(0, keepdim=True)
-        keep = -(-count // PART)
+        keep = min(-(-count // PART), FINAL)
         score = self.score(side, params, alone=alone, first=True)
         score[0] = -torch.inf  # what there is now is compared in any case
         chosen = score.topk(keep, dim=0, largest=False, sorted=False).indices.sort(0).values
@@ -63,28 +74,40 @@ class Judge:
         """
         quantizer = self.quantizers[side == "right"]
         assert quantizer is not None
-        dims = None if alone else self.product.groups_of(side, quantizer)
         candidates, total, values = next(iter(params.values())).shape[0], None, 0
-        error: Callable[[Quantizer, Params], Tensor]
-        for chunk in self.chunks:
-            if dims is None:
-                some, x = chunk, quantizer.layout.by_group(self.operand(side, chunk))
-                x = x[:, :: prime_from(x.shape[1] // OWN)] if first and x.shape[1] >= 2 * OWN else x
-                error, largest = partial(_error_alone, x, self.objective), x.numel()
-            elif self._has_moments(side, chunk):
-                some, error = chunk, self._error_by_moments(chunk, dims)
-                largest = self.operand(side, chunk).numel()
-            else:
-                some = chunk.every(PART) if first else chunk
-                error = self._error_of(side, some, dims)
-                largest = max(self.operand(side, some).numel(), some.left.numel(), some.made.numel())
+        for number in range(len(self.chunks)):
+            looked = self._comparison(quantizer, side, number, alone, first)
             parts = []
-            for at in torch.arange(candidates).split(max(1, LARGEST // largest)):
-                parts.append(error(quantizer, {name: value[at] for name, value in params.items()}))
-            here = torch.cat(parts) * some.made.numel()
-            total, values = here if total is None else total + here, values + some.made.numel()
+            for at in torch.arange(candidates).split(max(1, LARGEST // looked.largest)):
+                parts.append(looked.error({name: value[at] for name, value in params.items()}))
+            here = torch.cat(parts) * looked.values
+            total, values = here if total is None else total + here, values + looked.values
         assert total is not None
         return (total / values).nan_to_num(nan=math.inf)
+
+    def _comparison(self, quantizer: Quantizer, side: str, number: int, alone: bool, first: bool) -> _Comparison:
+        """Kept while the other operand stays as it is: candidates come in several goes."""
+        other = self.quantizers[side == "left"]
+        now = {} if other is None or other.baked else other.params()
+        if self._ready_for is None or self._ready_for[0] != side or not _same(self._ready_for[1], now):
+            self._ready, self._ready_for = {}, (side, {name: value.clone() for name, value in now.items()})
+        key = (alone, first, number)
+        if key not in self._ready:
+            self._ready[key] = self._prepared(quantizer, side, self.chunks[number], alone, first)
+        return self._ready[key]
+
+    def _prepared(self, quantizer: Quantizer, side: str, chunk: Chunk, alone: bool, first: bool) -> _Comparison:
+        dims = None if alone else self.product.groups_of(side, quantizer)
+        if dims is None:
+            x = quantizer.layout.by_group(self.operand(side, chunk))
+            x = x[:, :: prime_from(x.shape[1] // OWN)] if first and x.shape[1] >= 2 * OWN else x
+            return _Comparison(_error_alone(quantizer, x, self.objective), x.numel(), chunk.made.numel())
+        if self._has_moments(side, chunk):
+            error = self._error_by_moments(quantizer, chunk, dims)
+            return _Comparison(error, self.operand(side, chunk).numel(), chunk.made.numel())
+        some = chunk.every(PART) if first else chunk
+        largest = max(self.operand(side, some).numel(), some.left.numel(), some.made.numel())
+        return _Comparison(self._error_of(quantizer, side, some, dims), largest, some.made.numel())
 
     def error(self) -> float:
         """Score of both operands quantized as they are now."""
@@ -101,27 +124,33 @@ class Judge:
         flat = side == "right" and self.product.kind == "linear" and chunk.left.ndim == 2
         return flat and self.objective.square and chunk.weight is None and chunk.left.shape[1] <= len(chunk.left)
 
-    def _error_by_moments(self, chunk: Chunk, dims: tuple[int, ...]) -> Callable[[Quantizer, Params], Tensor]:
+    def _error_by_moments(
+        self, quantizer: Quantizer, chunk: Chunk, dims: tuple[int, ...]
+    ) -> Callable[[Params], Tensor]:
         """With d = Q(W) - W and c = (Q(X) - X) W^T squared errors are d Q(X)^T Q(X) d^T + 2 d Q(X)^T c + c^T c."""
         x, weight = self._quantized("left", chunk), self.operand("right", chunk)
         there = (x - chunk.left) @ weight.T
         moments, cross, rest = x.T @ x, (x.T @ there).T, there.square().sum(0)
+        simulate = simulator(quantizer, weight)
 
-        def error(quantizer: Quantizer, params: Params) -> Tensor:
-            d = simulated(quantizer, params, weight).sub_(weight)
+        def error(params: Params) -> Tensor:
+            d = simulate(params).sub_(weight)
             square = (d @ moments).add_(cross, alpha=2).mul_(d).sum(-1, dtype=torch.float64).add_(rest) / len(x)
             return _for_each(square if dims else square.mean(1, keepdim=True), quantizer.layout.groups)
 
         return error
 
-    def _error_of(self, side: str, chunk: Chunk, dims: tuple[int, ...]) -> Callable[[Quantizer, Params], Tensor]:
+    def _error_of(
+        self, quantizer: Quantizer, side: str, chunk: Chunk, dims: tuple[int, ...]
+    ) -> Callable[[Params], Tensor]:
         x, (plain, factor) = self.operand(side, chunk), self._plain(chunk)
         other = self._quantized("left" if side == "right" else "right", chunk) * factor
+        simulate, groups = simulator(quantizer, x), quantizer.layout.groups
 
-        def error(quantizer: Quantizer, params: Params) -> Tensor:
-            tried = simulated(quantizer, params, x)
+        def error(params: Params) -> Tensor:
+            tried = simulate(params)
             both = (tried, other) if side == "left" else (other, tried)
-            made, groups = self.product.multiply(self.model, *both), quantizer.layout.groups
+            made = self.product.multiply(self.model, *both)
             return _for_each(self._compared(made.sub_(plain), chunk, dims, groups), groups)
 
         return error
@@ -156,21 +185,32 @@ class Judge:
         return quantizer.layout.join(quantizer.simulate_with(quantizer.layout.split(x), quantizer.params()))
 
 
-def _error_alone(x: Tensor, objective: Objective, quantizer: Quantizer, params: Params) -> Tensor:
+def _same(one: Params, other: Params) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def _error_alone(quantizer: Quantizer, x: Tensor, objective: Objective) -> Callable[[Params], Tensor]:
     """(K, G) score of a group's own values (G, n)."""
-    wide = {name: value[..., None] for name, value in params.items()}
-    tried = quantizer.simulate_with(x.expand(len(next(iter(params.values()))), *x.shape), wide)
-    return objective(tried.sub_(x)[:, :, None], x[:, None])
+    simulate = quantizer.simulator(x)
+
+    def error(params: Params) -> Tensor:
+        tried = simulate({name: value[..., None] for name, value in params.items()})
+        return objective(tried.sub_(x)[:, :, None], x[:, None])
+
+    return error
 
 
-def simulated(quantizer: Quantizer, params: Params, x: Tensor) -> Tensor:
-    """(K, *x.shape) x under K candidates, each (K, G)."""
+def simulator(quantizer: Quantizer, x: Tensor) -> Callable[[Params], Tensor]:
+    """Of K candidates, each (K, G), what they make of x: (K, *x.shape)."""
     layout = quantizer.layout
     wide = layout.split(x)
-    count = next(iter(params.values())).shape[0]
-    ones = (1,) * (wide.ndim - layout.ndim)
-    shaped = {name: value.reshape(count, *ones, *layout.scale_shape) for name, value in params.items()}
-    return layout.join(quantizer.simulate_with(wide.expand(count, *wide.shape), shaped))
+    simulate, ones = quantizer.simulator(wide), (1,) * (wide.ndim - layout.ndim)
+
+    def simulated(params: Params) -> Tensor:
+        shaped = {name: value.reshape(len(value), *ones, *layout.scale_shape) for name, value in params.items()}
+        return layout.join(simulate(shaped))
+
+    return simulated
 
 
 def _for_each(score: Tensor, groups: int) -> Tensor:

@@ -16,6 +16,7 @@ No logarithm is computed: codes lie between bounds, so they are the same on ever
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, final
 
 import torch
@@ -25,6 +26,7 @@ from vitq.core.errors import InputError
 from vitq.core.rounding import straight_through
 from vitq.quantizers.base import MIDDLE, Params, Quantizer
 from vitq.quantizers.layout import Layout
+from vitq.quantizers.ranked import Ranked
 from vitq.quantizers.registry import QUANTIZERS
 
 STEPS = 37  # of an octave: q counts them
@@ -152,15 +154,26 @@ class AdaptiveLogQuantizer(Quantizer):
         bounds, levels = self._bounds(q), self._levels(q, self._codes(q))
         if q.numel() == 1:
             return self._in_pieces(x, params, bounds, levels)
-        if q.ndim == x.ndim and q.numel() == len(x):  # candidates: a few at a time
-            made = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-            few = max(1, CHUNK * len(x) // max(1, x.numel()))
-            simulate = self._simulated if few > 1 else self._in_pieces
-            for start in range(0, len(x), few):
-                at = slice(start, start + few)
-                made[at] = simulate(x[at], {n: p[at] for n, p in params.items()}, bounds[at], levels[at])
-            return made
         return self._simulated(x, params, bounds, levels)
+
+    def simulator(self, x: Tensor) -> Callable[[Params], Tensor]:
+        """See the base class: the steps of one scale group are stretches of x in order."""
+        if self.layout.groups > 1 or x.device.type != "cpu" or bool(x.isnan().any()):
+            return super().simulator(x)
+        ranked = Ranked(x)
+
+        def simulate(params: Params) -> Tensor:
+            scale, q = params["scale"].reshape(-1, 1), params["q"].reshape(-1)
+            bounds, levels = self._bounds(q).flip(-1), self._levels(q, self._codes(q)).flip(-1)
+            values = levels.mul_(scale).sub_(self.shift) if self.shifted else levels.mul_(scale)
+            made = torch.empty(len(q), *x.shape)
+            for one, bound, value, to in zip(scale, bounds, values, made, strict=True):
+                # The first bound is 0, which all reach.
+                edges = torch.searchsorted(self._share(ranked.ordered, {"scale": one}), bound[1:])
+                ranked.stepped(edges.tolist(), value.tolist(), to.view(-1))
+            return made
+
+        return simulate
 
     def _in_pieces(self, x: Tensor, params: Params, bounds: Tensor, levels: Tensor) -> Tensor:
         made = torch.empty(x.shape, dtype=torch.float32, device=x.device)

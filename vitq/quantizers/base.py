@@ -81,6 +81,13 @@ class Quantizer(AnyQuantizer):
         """decode(encode(x)); a subclass may have a shorter way to the same bits."""
         return self.decode_with(self.encode_with(x, params), params)
 
+    def simulator(self, x: Tensor) -> Callable[[Params], Tensor]:
+        """simulate_with of the same x (what `layout.split` gives) under K candidates: params (K, ...) -> (K, *x.shape).
+
+        Without gradients. A subclass may prepare x, so that each candidate takes less.
+        """
+        return lambda params: self.simulate_with(x.expand(len(params[self.fields[0]]), *x.shape), params)
+
     @property
     def code_count(self) -> int:
         """Number of codes."""

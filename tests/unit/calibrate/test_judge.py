@@ -241,6 +241,23 @@ def test_the_best_is_that_of_all_or_hardly_worse_and_never_worse_than_the_first(
     assert torch.equal(judge.best(side, few)[0], judge.score(side, few).argmin(0))
 
 
+@pytest.mark.parametrize("kind", ["linear", "scores", "rows"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_what_the_other_operand_has_now_is_what_candidates_are_judged_with(kind: str, side: str) -> None:
+    case = Case(kind)
+    quantizers = both(case, side, "tensor")
+    searched, other = (quantizers[at] for at in ((1, 0) if side == "right" else (0, 1)))
+    judge = case.judge(quantizers, None, "mse")
+    tried = candidates(searched, case.left if side == "left" else case.right)
+    before = judge.score(side, tried)
+    assert torch.equal(judge.score(side, tried), before)
+    assert other is not None
+    other.set_params({name: value * 1.7 if name == "scale" else value for name, value in other.params().items()})
+    after = judge.score(side, tried)
+    assert not torch.equal(after, before)
+    assert torch.equal(after, case.judge(quantizers, None, "mse").score(side, tried))
+
+
 @pytest.mark.parametrize("weight", [0.0, 1e-30])
 def test_ties_go_to_what_there_is(weight: float) -> None:
     """All gradients zero: no candidate may win by being first of a grid, as in the official code of PTQ4ViT."""

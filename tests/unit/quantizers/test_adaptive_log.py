@@ -124,16 +124,24 @@ def test_several_bases_at_once_give_what_each_gives_alone(per: str, shifted: boo
     torch.testing.assert_close(quantizer.layout.by_group(found), torch.stack(alone), rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("values", [200, 90_000])
+@pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("shifted", [False, True])
-def test_candidates_are_tried_a_few_at_a_time_with_the_same_result(values: int, shifted: bool) -> None:
-    quantizer = AdaptiveLogQuantizer(4, shifted=shifted)
-    params = {"scale": torch.linspace(0.5, 3, 5)[:, None], "q": torch.linspace(10, 60, 5).round()[:, None]}
-    x = torch.randn(values)
+@pytest.mark.parametrize("special", [(), (math.nan,), (math.inf, -math.inf, 0.0, -0.0)])
+@pytest.mark.parametrize("per", ["tensor", "head"])
+def test_candidates_give_what_each_gives_alone(bits: int, shifted: bool, special: tuple[float, ...], per: str) -> None:
+    axes, shape = ("batch", "head", "token", "channel"), (2, 3, 5, 8)
+    quantizer = build_quantizer(Format.of("adaptive_log", bits, per, shifted=shifted), axes, shape)
+    assert isinstance(quantizer, AdaptiveLogQuantizer)
+    x = torch.randn(shape).mul(8).round().div(8)  # many are equal
+    x[0, 1, 2, : len(special)] = torch.tensor(special)
+    wide = quantizer.layout.split(x)
+    size = (5, *(1,) * (wide.ndim - len(quantizer.layout.scale_shape)), *quantizer.layout.scale_shape)
+    params = {"scale": torch.rand(size) + 0.5, "q": torch.rand(size).mul(120).round() + 10}
+    params["scale"][0] = 1e-30
     with torch.no_grad():
-        found = quantizer.simulate_with(x.expand(5, -1), params)
-        alone = [quantizer.simulate_with(x, {name: value[k] for name, value in params.items()}) for k in range(5)]
-    torch.testing.assert_close(found, torch.stack(alone), rtol=0, atol=0)
+        found = quantizer.simulator(wide)(params)
+        alone = [quantizer.simulate_with(wide, {name: value[k] for name, value in params.items()}) for k in range(5)]
+    torch.testing.assert_close(found, torch.stack(alone), rtol=0, atol=0, equal_nan=True)
 
 
 def test_what_is_shifted_covers_gelu_from_its_least_value_on() -> None:
