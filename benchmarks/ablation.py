@@ -35,6 +35,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gelu=twin_gelu": {"gelu": "twin_gelu"},  # beyond
     "balance=True": {"balance": True},
     "rounds=0": {"rounds": 0},
+    "rounds=1 steps=16": {"rounds": 1, "steps": 16},
     "objective=hessian": {"objective": "hessian"},
     "columns=False": {"columns": False},
     "biases=False": {"biases": False},

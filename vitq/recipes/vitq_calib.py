@@ -6,7 +6,7 @@ Each part is somebody's, and differs from the original where the recipe that is 
 - logarithms to a searched base after softmax and, shifted and up to 6 bits, after GELU (`adalog`: ECCV 2024); beyond,
   two ranges there (`ptq4vit`: arXiv 2111.12293);
 - every scale and base by the squared error of the product it is used in (`liu2021`: arXiv 2106.14156, `ptq4vit`: arXiv
-  2111.12293), in one round over the products;
+  2111.12293), in two rounds over the operands;
 - codes of weights column by column, each making up for those before (`gptq`: ICLR 2023), and then the bias
   (`bias_correction`: arXiv 1906.04721), linear by linear on what the quantized model before gives. For both, tokens
   count by their gradients (calibrate/importance.py; the idea is GuidedQuant's, arXiv 2505.07004): a class token is one
@@ -46,8 +46,8 @@ def vitq_calib(
     gelu: str = "auto",
     balance: bool = False,
     objective: str = "mse",
-    rounds: int = 1,
-    steps: int = 16,
+    rounds: int = 2,
+    steps: int = 32,
     columns: bool = True,
     biases: bool = True,
     weighted: bool = True,
