@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vitq.calibrate.objective import Objective
 from vitq.calibrate.observe import prime_from
+from vitq.calibrate.own_error import OwnError
 from vitq.calibrate.products import Chunk, Product
 from vitq.quantizers.base import Params, Quantizer
 
@@ -101,6 +102,9 @@ class Judge:
         if dims is None:
             x = quantizer.layout.by_group(self.operand(side, chunk))
             x = x[:, :: prime_from(x.shape[1] // OWN)] if first and x.shape[1] >= 2 * OWN else x
+            if self.objective.square and OwnError.serves(quantizer, x):
+                own = OwnError(quantizer, x)
+                return _Comparison(own, own.largest, chunk.made.numel())
             return _Comparison(_error_alone(quantizer, x, self.objective), x.numel(), chunk.made.numel())
         if self._has_moments(side, chunk):
             error = self._error_by_moments(quantizer, chunk, dims)

@@ -22,7 +22,7 @@ class Ranked:
 
     def __init__(self, x: Tensor) -> None:
         flat = x.reshape(-1)
-        order = torch.from_numpy(np.argsort(flat.numpy()))  # several times as fast as a sort of torch's
+        order = torch.from_numpy(np.argsort(flat.numpy()))  # see in_order
         self.ordered = flat[order]
         self._rank = torch.empty_like(order, dtype=torch.int32)
         self._rank[order] = torch.arange(len(order), dtype=torch.int32)
@@ -34,3 +34,8 @@ class Ranked:
         for start, end, level in zip([0, *edges], [*edges, len(made)], levels, strict=True):
             made[start:end] = level
         torch.index_select(self._made, 0, self._rank, out=to)
+
+
+def in_order(x: Tensor) -> Tensor:
+    """Rows (G, n), each ascending. On the CPU by numpy, which takes a fraction of what torch takes."""
+    return x.sort(dim=1).values if x.device.type != "cpu" else torch.from_numpy(np.sort(x.contiguous().numpy(), axis=1))
