@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -95,8 +96,7 @@ class Batches:
             sizes += [leading_size(part) for part in without_padding(batch)]
         if not sizes:
             raise DataError("calibration data holds no batches; give at least one image")
-        parts = lambda: (part for batch in kept for part in without_padding(batch))  # noqa: E731
-        return cls(lambda: _same_sizes(parts(), sizes), sizes, forward)
+        return cls(lambda: _same_sizes(chain.from_iterable(map(without_padding, kept)), sizes), sizes, forward)
 
 
 def sizes_of(count: int, size: int = MICRO_BATCH) -> list[int]:
