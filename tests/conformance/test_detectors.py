@@ -14,9 +14,13 @@ from torch import Tensor, nn
 from torchvision.models.swin_transformer import SwinTransformer
 
 import vitq
+from vitq.calibrate.importance import row_weights
+from vitq.calibrate.linears import linears
+from vitq.calibrate.selected import behind_choices
 from vitq.core.batches import Batches, first_of, split
 from vitq.core.errors import CompositionError, DataError, SiteNotFoundError
 from vitq.core.format import Bits, Format
+from vitq.core.progress import Silent
 from vitq.core.qmodel import QuantModel
 from vitq.core.recipe import RECIPES, PassSpec, Recipe, Rule, resolve_recipe
 from vitq.core.site import REASON_CONSTANT, REASON_EXCLUDED
@@ -196,3 +200,45 @@ def test_a_detector_in_a_quantized_model_behaves_like_it() -> None:
     assert [sorted(each) for each in found] == [["boxes", "labels", "masks", "scores"]] * 2
     assert [tuple(each["masks"].shape[-2:]) for each in found] == [(40, 56), (48, 36)]
     assert qmodel.roi_heads.score_thresh == 0.0
+
+
+# -- what is found ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sparing() -> nn.Module:
+    """Finds something in two of four images."""
+    model: Any = MASK_RCNN.build()
+    best = sorted(float(found["scores"].max()) for found in model(images(4)))
+    model.roi_heads.score_thresh = (best[1] + best[2]) / 2
+    assert sorted(min(len(found["scores"]), 1) for found in model(images(4))) == [0, 0, 1, 1]
+    return model
+
+
+@pytest.mark.parametrize("name", ["minmax", "repq_vit", "liu2021", "ptq4vit", "vitq_calib"])
+def test_images_in_which_nothing_is_found_are_no_obstacle(name: str, sparing: nn.Module) -> None:
+    known = inspect.signature(RECIPES[name]).parameters
+    options = {option: value for option, value in FEW.items() if option in known}
+    qmodel = vitq.quantize(sparing, name, "w8a8", images(4), options=options)
+    with torch.no_grad():
+        for image in images(4):
+            qmodel([image])
+
+
+def test_heads_that_never_had_anything_to_do_are_named(sparing: Any) -> None:
+    sparing.roi_heads.score_thresh = 0.999
+    with pytest.raises(DataError, match=r"roi_heads\.mask_head.*found nothing in the calibration images.*or a scope"):
+        vitq.quantize(sparing, "minmax", "w8a8", images(4))
+    vitq.quantize(sparing, "minmax", "w8a8", images(4), scope=["backbone", "rpn"])
+
+
+def test_heads_on_proposed_regions_are_known_as_such() -> None:
+    """Their rows are other ones once the backbone is quantized: no weights by row from the float model."""
+    qmodel = vitq.quantize(MASK_RCNN.build(), "minmax", "w8a8", images(2), freeze=False)
+    calls = behind_choices(qmodel, Batches.of(images(2)))
+    assert {call.split(".")[0] for call in calls} == {"roi_heads"}
+    assert len(calls) == sum(call.owner.startswith("roi_heads") for call in qmodel.graph.calls)
+    found = linears(qmodel)
+    weights = row_weights(qmodel, Batches.of(images(2)), found, Silent())
+    assert weights
+    assert not any(name.startswith("roi_heads") for name in weights)

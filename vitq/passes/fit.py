@@ -82,7 +82,7 @@ class Fit(Pass):
         if missed:
             raise DataError(
                 f"{len(missed)} sites saw no values, for example {missed[0]}: the model took another way than when it "
-                f"was traced"
+                f"was traced, or found nothing in the calibration images"
             )
         for site in rest:
             qmodel.quantizers[site].state = "on"
