@@ -3,7 +3,8 @@
 Formula: torchvision   lists of boxes, labels from 1, scores, masks of probabilities (a pixel belongs from 0.5 on)
          transformers  logits (1, n, K + 1) and boxes (1, n, 4), centre and size in parts of the image. With a class for
                        "no object" behind the K others (DETR, YOLOS), probabilities are a softmax, and each box has its
-                       best class; without (RT-DETR), they are sigmoids, and the 100 best of all boxes and classes stay
+                       best class; without (RT-DETR), they are sigmoids, and of all boxes with all classes the best
+                       stay, as many as there are boxes
          segmenters    logits (1, C, h, w), enlarged bilinearly to the photo, and the largest
 """
 
@@ -20,7 +21,7 @@ from vitq.core.batches import default_forward, moved
 from vitq.core.errors import InputError
 from vitq.data.coco import match_categories
 from vitq.data.native import PhotoInput
-from vitq.evaluate.detections import KEPT, Detections, encode_masks
+from vitq.evaluate.detections import Detections, encode_masks
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -89,7 +90,7 @@ class Finder(Photos):
         if logits.shape[1] == len(self.ids) + 1:
             scores, classes = logits.float().softmax(1)[:, :-1].max(1)
         else:
-            scores, chosen = logits.float().sigmoid().flatten().topk(min(KEPT, logits.numel()))
+            scores, chosen = logits.float().sigmoid().flatten().topk(len(boxes))
             classes, boxes = chosen % logits.shape[1], boxes[chosen // logits.shape[1]]
         centre, half = boxes[:, :2].float(), boxes[:, 2:].float() / 2
         return torch.cat([centre - half, centre + half], 1) * torch.tensor([*size, *size]), scores, classes
