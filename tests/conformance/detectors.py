@@ -17,34 +17,19 @@ from torchvision.models.detection import FasterRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.models.swin_transformer import SwinTransformer
-from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
+from torchvision.ops import MultiScaleRoIAlign
 from transformers import ResNetConfig
+
+from vitq.data.zoo.scene_models import SwinPyramid
 
 WIDTH = 16
 SIZES = ((40, 56), (48, 36), (64, 64), (40, 40))
 BOX = {"box_detections_per_img": 8, "box_score_thresh": 0.0}
 
 
-class SwinBackbone(nn.Module):
-    """torchvision's Swin in two stages behind a feature pyramid; its windows of 4 do not divide most feature maps."""
-
-    out_channels = WIDTH
-
-    def __init__(self) -> None:
-        super().__init__()
-        swin = SwinTransformer([4, 4], WIDTH, [2, 2], [2, 4], [4, 4], stochastic_depth_prob=0.0)
-        self.body = swin.features
-        self.fpn = FeaturePyramidNetwork([WIDTH, 2 * WIDTH], WIDTH)
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        levels = {}
-        for number, stage in enumerate(self.body):
-            x = stage(x)
-            if number % 2:
-                levels[str(number // 2)] = x.permute(0, 3, 1, 2)
-        found: dict[str, Tensor] = self.fpn(levels)
-        return found
+def swin_backbone() -> nn.Module:
+    """Swin in two stages behind a feature pyramid; its windows of 4 do not divide most feature maps."""
+    return SwinPyramid((WIDTH, 2 * WIDTH), WIDTH, head=8)
 
 
 class VitBackbone(nn.Module):
@@ -127,11 +112,11 @@ def _detr() -> Callable[[], nn.Module]:
 
 
 TORCHVISION = [
-    Family("mask_rcnn_swin", lambda: mask_rcnn(SwinBackbone), blocks=4, inputs=images),
+    Family("mask_rcnn_swin", lambda: mask_rcnn(swin_backbone), blocks=4, inputs=images),
     Family("mask_rcnn_vit", lambda: mask_rcnn(VitBackbone), blocks=2, inputs=images),
-    Family("faster_rcnn_swin", lambda: FasterRCNN(**_two_stages(SwinBackbone())), blocks=4, inputs=images),
+    Family("faster_rcnn_swin", lambda: FasterRCNN(**_two_stages(swin_backbone())), blocks=4, inputs=images),
     Family("faster_rcnn_vit", lambda: FasterRCNN(**_two_stages(VitBackbone())), blocks=2, inputs=images),
-    Family("retinanet_swin", lambda: retinanet(SwinBackbone), blocks=4, inputs=images),
+    Family("retinanet_swin", lambda: retinanet(swin_backbone), blocks=4, inputs=images),
     Family("retinanet_vit", lambda: retinanet(VitBackbone), blocks=2, inputs=images),
 ]
 PADDED = [Family("detr_padded", _detr(), blocks=4, inputs=padded)]

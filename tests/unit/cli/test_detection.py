@@ -22,12 +22,12 @@ import sys
 import torch
 
 sys.path.insert(0, {str(CONFORMANCE)!r})
-from detectors import SwinBackbone, mask_rcnn
+from detectors import mask_rcnn, swin_backbone
 from families import Family
 
 
 def detector():
-    return Family("detector", lambda: mask_rcnn(SwinBackbone)).build()
+    return Family("detector", lambda: mask_rcnn(swin_backbone)).build()
 
 
 def yolos():
@@ -167,6 +167,22 @@ def test_photos_that_were_calibrated_on_are_left_out(run: Run, world: Path, tmp_
     answer = evaluated(run, world, str(tmp_path / "out"), "detect")
     assert answer.json["images"] == 4
     assert "2 images" in answer.err
+
+
+def test_photos_that_cannot_be_read_are_named_or_skipped(run: Run, world: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(2):
+        Image.open(world / "photos" / f"{number}.png").convert("L").save(folder / f"{number}.png")
+    whole = (world / "photos" / "2.png").read_bytes()
+    (folder / "broken.png").write_bytes(whole[: len(whole) // 2])
+    words = ("--calib", str(folder), "--calib-size", "3", "--recipe", "minmax", "--bits", "w8a8", "--size", "32")
+    source = f"{world / 'models.py'}:yolos"
+    assert "broken.png" in run("quantize", source, *words, "--out", str(tmp_path / "out")).error
+    answer = run("quantize", source, *words, "--out", str(tmp_path / "out"), "--skip-bad", json_file=True)
+    assert answer.code == 0, answer.err
+    assert answer.json["calibration_images"] == 2
+    assert "skipped 1 unreadable images" in answer.err
 
 
 @pytest.mark.parametrize(

@@ -19,18 +19,23 @@ STAGES = (32, 64, 128)  # channels of Swin's stages, of two blocks each
 
 
 class SwinPyramid(nn.Module):
-    """torchvision's Swin with windows of 4, and a feature pyramid over its three stages (4, 8 and 16 pixels)."""
+    """torchvision's Swin with windows of 4, and a feature pyramid over its stages (4, 8, 16 … pixels).
 
-    out_channels = WIDTH
+    Args:
+        stages: channels of each, in two blocks.
+        width: channels of the pyramid.
+        head: channels of an attention head.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, stages: tuple[int, ...] = STAGES, width: int = WIDTH, head: int = 16) -> None:
         super().__init__()
         from torchvision.models.swin_transformer import SwinTransformer
         from torchvision.ops import FeaturePyramidNetwork
 
-        depths, heads = [2] * len(STAGES), [channels // 16 for channels in STAGES]
-        self.body = SwinTransformer([4, 4], STAGES[0], depths, heads, [4, 4], stochastic_depth_prob=0.0).features
-        self.fpn = FeaturePyramidNetwork(list(STAGES), WIDTH)
+        depths, heads = [2] * len(stages), [channels // head for channels in stages]
+        self.body = SwinTransformer([4, 4], stages[0], depths, heads, [4, 4], stochastic_depth_prob=0.0).features
+        self.fpn = FeaturePyramidNetwork(list(stages), width)
+        self.out_channels = width
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         levels = {}
