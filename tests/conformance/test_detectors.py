@@ -86,6 +86,12 @@ def test_every_recipe_runs_on_a_detector_or_says_why_not(name: str) -> None:
         assert 0 < float(error) < 0.2, (key, float(error))
 
 
+@pytest.mark.parametrize("name", ["gplq", "lsq"])
+def test_training_on_images_of_several_sizes_is_refused(name: str) -> None:
+    with pytest.raises(DataError, match="training takes images of one size, and these have 3"):
+        vitq.quantize(PADDED[0].build(), name, "w8a8", padded(3))
+
+
 @pytest.mark.parametrize("name", ["ptq4vit", "apq_vit", "vitq_calib"])
 def test_gradients_reach_a_detector_whose_images_are_cut_off_the_list_one_by_one(name: str) -> None:
     """Images of one size stay together in a list, of which passes with gradients take two at a time."""
