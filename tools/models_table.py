@@ -12,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "conformance"))
+import detectors
 import families_hf
 import families_timm
 from families import Family
@@ -42,6 +43,13 @@ family has code of its own: places are found by data flow (`docs/decisions/traci
 
 At least 99 % of the multiply-accumulates quantized, counts equal to an independent one, the same output with
 quantizers off, 60 dB at 16 bits, every site live, identical outputs after `repq_vit` at w4a4, save and load.
+"""
+DETECTORS = """
+## Detectors with images of several sizes
+
+`tests/conformance/test_detectors.py`: torchvision's detectors with a Swin and with a plain vision transformer behind a
+simple feature pyramid, and a padded batch of transformers. The share, the same output with quantizers off, identical
+outputs after save and load; all recipes run on the first one but those that train.
 """
 UNPREPARED = """
 ## Models that nobody prepared for
@@ -93,7 +101,16 @@ def table(families: list[Family]) -> str:
 def page() -> str:
     """All of docs/models.md."""
     promised = [*families_timm.PINNED, *families_hf.PINNED, *families_timm.FURTHER, *families_hf.FURTHER]
-    parts = (HEADER, table(promised), UNPREPARED, table(UNSEEN), BELOW, table(UNSUPPORTED))
+    parts = (
+        HEADER,
+        table(promised),
+        DETECTORS,
+        table(detectors.DETECTORS),
+        UNPREPARED,
+        table(UNSEEN),
+        BELOW,
+        table(UNSUPPORTED),
+    )
     return "".join(parts)
 
 

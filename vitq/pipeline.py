@@ -48,7 +48,8 @@ def quantize(
         model: any module, in eval mode, on the device where the work shall be done.
         recipe: a recipe's name with modifiers ("repq_vit+gptq"), a recipe function, or a Recipe.
         bits: widths of weights and activations, "w4a4"; 16 leaves that side in float.
-        data: calibration images as the model takes them: a tensor (N, C, H, W), or batches of them.
+        data: calibration images as the model takes them: a tensor (N, C, H, W), a list of images (3, H, W) of any sizes
+            for a detector that takes such, or batches of them.
         scope: module names inside of which to quantize.
         exclude: sites left in float: a module, a glob on site ids, or "role=NAME".
         overrides: other widths for some sites, "role=HEAD_IN:w8a8".

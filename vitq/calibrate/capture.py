@@ -76,7 +76,7 @@ def watch_parallel(
         for batch in data:
             for part in split(batch, IMAGES):
                 for site in sites:
-                    _observe_with(qmodel, site, partial(active[site.id].observe, images=leading_size(part)))
+                    _observe_with(qmodel, site, partial(_shown, active[site.id], leading_size(part)))
                 data.forward(qmodel.model, part)
                 give_back()
             task.advance()
@@ -104,13 +104,18 @@ def _observe_with(qmodel: QuantModel, site: Site, look: Callable[[Tensor], Tenso
     qmodel.quantizers[site].observer = lambda quantizer, x: look(x)
 
 
+def _shown(watcher: Watcher, images: int, x: Tensor) -> Tensor | None:
+    """Let a watcher see values, if there are any: where a detector finds nothing, its heads run on nothing."""
+    return watcher.observe(x, images) if x.numel() else None
+
+
 def _finish_as_reached(
     qmodel: QuantModel, pending: dict[str, Site], make: Callable[[Site], Watcher], task: Task, images: int
 ) -> None:
     def finish(site: Site, x: Tensor) -> Tensor | None:
         qmodel.quantizers[site].observer = None
         watcher = make(site)
-        known = watcher.observe(x, images)
+        known = _shown(watcher, images, x)
         watcher.finish()
         task.advance()
         return known
@@ -171,7 +176,7 @@ class _Stages:
             if self.reached is None:
                 self.reached, self.watcher = site, self.make(site)
             if site is self.reached and self.watcher is not None:
-                self.watcher.observe(x, self.images)
+                _shown(self.watcher, self.images, x)
             raise Stop
 
         for site in self.pending.values():

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from vitq.calibrate.capture import switched_off
 from vitq.calibrate.linears import Linear, watchable
+from vitq.calibrate.selected import behind_choices
 from vitq.calibrate.sensitivity import GRADIENT_IMAGES, run_backward
 from vitq.core.batches import Batches, split
 from vitq.core.progress import Progress
@@ -48,9 +49,12 @@ def row_weights(
 ) -> dict[str, Tensor]:
     """Weights by the id of each linear's weight site, from the model with its quantizers off.
 
-    Linears that are called several times in a forward, that nothing behind depends on, or whose rows do not come image
-    by image (tokens first, as inside some attention modules) are left out: their rows count alike.
+    Linears that are called several times in a forward, that nothing behind depends on, whose rows do not come image
+    by image (tokens first, as inside some attention modules), or are what the model chose by its values (a detector's
+    regions) are left out: their rows count alike.
     """
+    loose = behind_choices(qmodel, data)
+    found = [linear for linear in found if linear.input.call not in loose]
     sites = [linear.input for linear in found]
     squares: dict[str, list[Tensor]] = {linear.weight.id: [] for linear in found}
     with watchable(qmodel, sites), switched_off(qmodel, sites):

@@ -167,7 +167,10 @@ class Sketch:
             DataError: nothing was.
         """
         if self._low is None or self._high is None:
-            raise DataError("the site saw no values: the model took another way than when it was traced")
+            raise DataError(
+                "the site saw no values: the model took another way than when it was traced, or found nothing in the "
+                "calibration images (a detector's heads then have nothing to do); give more images, or a scope"
+            )
         ones = torch.ones_like(self._low)
         body = torch.cat(self._bodies, 1) if self._bodies else self._low.new_empty(self._low.shape[0], 0)
         if self._share >= 1.0 or self.needs == "range":

@@ -238,7 +238,7 @@ class Samples:
 
     def _see_range(self, side: str, x: Tensor) -> None:
         quantizer = self.quantizers[side == "right"]
-        if quantizer is None:
+        if quantizer is None or not x.numel():
             return
         low, high = ends(quantizer.layout.by_group(x.float()))
         if side in self.ranges:
@@ -246,6 +246,8 @@ class Samples:
         self.ranges[side] = (low, high)
 
     def _take(self, left: Tensor, right: Tensor | None, made: Tensor, g: Tensor | None, seen: int, images: int) -> None:
+        if not made.numel():  # a detector's heads where nothing was found
+            return
         left, made = left.float(), made.float()
         square = None if g is None else _half_even(g)
         if self._is_flat():

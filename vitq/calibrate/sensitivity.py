@@ -69,7 +69,7 @@ def run_backward(
                 watch(seen, images, lambda blocks=blocks: blocks.second)  # type: ignore[misc]
                 with torch.enable_grad(), blocks, _gradients_since(qmodel.model, since):
                     found = _floats(data.forward(qmodel.model, _begun(part) if "" in since else part))
-                    outputs = [out for out in found if out.requires_grad]
+                    outputs = [out for out in found if out.requires_grad and out.numel()]
                     starts = [_start(out.detach(), probe, draws) for out in outputs]
                     if outputs and not blocks.second:
                         torch.autograd.backward(outputs, starts, retain_graph=True)
@@ -132,15 +132,16 @@ def _generator(seed: int, image: int) -> torch.Generator:
 def _start(out: Tensor, probe: str, draws: list[torch.Generator]) -> Tensor:
     """The gradient at one output that the backward starts from, random numbers by image."""
     starts = []
+    logits = out.ndim == 2 and len(out) == len(draws)  # of each image; not the boxes that a detector returns
     for number, row in enumerate(out.float()):
         generator = draws[number % len(draws)]
-        if probe == "fisher" and out.ndim == 2:
+        if probe == "fisher" and logits:
             p = row.softmax(0)
             label = torch.multinomial(p.cpu(), 1, generator=generator)
             starts.append(p.index_add(0, label.to(p.device), -torch.ones_like(p[:1])))
             continue
         noise = torch.randn(row.shape, generator=generator).to(row)
-        root = row.softmax(0).sqrt() if out.ndim == 2 else None
+        root = row.softmax(0).sqrt() if logits else None
         starts.append(noise if root is None else root * (noise - (root * noise).sum() * root))
     return torch.stack(starts).to(out.dtype)
 

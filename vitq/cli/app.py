@@ -39,6 +39,17 @@ Set = Annotated[
 Seed = Annotated[int, typer.Option(help="Seed for drawing calibration images and for the recipe.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time in evaluation; never changes a scale.")]
+Size = Annotated[
+    int | None,
+    typer.Option(
+        min=16,
+        help="Shorter side of photos in pixels (both sides, for a segmenter), for a model of transformers; "
+        "800 and 512 unless given. An artifact keeps it.",
+    ),
+]
+Scope = Annotated[
+    list[str] | None, typer.Option(help="Quantize inside of this module only, for example backbone. Repeatable.")
+]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Skip unreadable images instead of stopping.")]
 TrustCode = Annotated[bool, typer.Option("--trust-code", help="Allow an artifact to run the file.py it names.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the result to this file.")]

@@ -11,11 +11,11 @@ from torch import nn
 
 from vitq.artifact import load
 from vitq.cli import app as a
-from vitq.cli import work
+from vitq.cli import tasks, work
 from vitq.cli.console import Say, check_outputs, command, write_json
 from vitq.cli.quantize import evaluate as evaluate_both
 from vitq.cli.recipes import parse_options, recipe_of
-from vitq.core.errors import DataError, InputError
+from vitq.core.errors import DataError, InputError, UnknownNameError
 from vitq.core.qmodel import QuantModel
 from vitq.data.checkpoint import load_checkpoint
 from vitq.data.images import ImageSet, open_images
@@ -38,6 +38,8 @@ def open_target(
         loaded = work.open_model(target, checkpoint, device, say)
         return loaded.model, None, work.need_preprocess(loaded.preprocess, target), loaded.num_classes
     qmodel = load(target, trust_code=trust_code).to(device)
+    if "form" in (qmodel.preprocess or {}):
+        raise InputError(f"{target} takes photos at their own sizes: say what it does with --task detect or segment")
     preprocess = Preprocess.from_dict(qmodel.preprocess) if qmodel.preprocess else None
     float_model = float_of(qmodel, checkpoint, trust_code, say).to(device) if checkpoint else None
     classes = (qmodel.source or {}).get("num_classes")
@@ -75,8 +77,25 @@ def float_of(qmodel: QuantModel, checkpoint: Path | None, trust_code: bool, say:
 @command
 def evaluate(
     target: a.Target,
-    data: Annotated[str, typer.Option(help=f"Labelled images. {a.DATA_HELP}")],
+    data: Annotated[
+        str,
+        typer.Option(help=f"Labelled images. {a.DATA_HELP} For detect and instances, COCO's JSON; for segment, masks."),
+    ],
+    task: Annotated[str, typer.Option(help=f"One of {', '.join(tasks.TASKS)}.")] = "classify",
+    images: Annotated[
+        Path | None, typer.Option(help="The photos that --data is about, for the tasks but classify.")
+    ] = None,
     checkpoint: a.Checkpoint = None,
+    size: a.Size = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="At most so many photos, for the tasks but classify.")
+    ] = None,
+    draw: Annotated[
+        Path | None,
+        typer.Option(
+            help=f"Folder for PNGs of the first {tasks.DRAWN} photos and what was found, float beside quantized."
+        ),
+    ] = None,
     predictions: Annotated[Path | None, typer.Option(help="Write file,label,predicted to this CSV file.")] = None,
     fidelity: Annotated[
         bool, typer.Option("--fidelity", help="Also compare with the float model without labels.")
@@ -88,39 +107,51 @@ def evaluate(
     json: a.Json = None,
     quiet: a.Quiet = False,
 ) -> None:
-    """Measure top-1 and top-5 with a bootstrap interval.
+    """Measure top-1 and top-5, box and mask AP, or mIoU, with an interval over images.
 
     For an artifact, --checkpoint names the float weights it was made from: then both are measured in the same
-    run, and paired.
+    run, and paired. Models that file.py:function returns bring theirs.
 
         vitq evaluate out/ --data val/ --checkpoint deit_tiny.safetensors --predictions out.csv
 
         vitq evaluate deit_tiny_patch16_224 --checkpoint deit_tiny.safetensors --data val/
+
+        vitq evaluate out/ --task instances --data instances.json --images photos/ --trust-code --draw drawn/
     """
     say = Say(quiet)
     check_outputs(predictions, json)
     where = work.choose_device(device)
+    if task not in tasks.TASKS:
+        raise UnknownNameError("task", task, tasks.TASKS)
+    if task != "classify":
+        if predictions is not None or skip_bad:
+            raise InputError(f"--predictions and --skip-bad are for --task classify, not for {task}")
+        asked = tasks.Asked(target, task, data, images, checkpoint, size, limit, fidelity, draw, where, trust_code)
+        write_json(json, tasks.evaluate_task(asked, float_of, say))
+        return
+    if any(given is not None for given in (images, size, limit, draw)):
+        raise InputError("--images, --size, --limit and --draw are for --task detect, instances and segment")
     model, float_model, preprocess, classes = open_target(target, checkpoint, where, trust_code, say)
     if fidelity and float_model is None:
         raise InputError("--fidelity compares an artifact with its float model; give DIR and --checkpoint")
-    images = work.labelled(data, classes, skip_bad)
+    scored = work.labelled(data, classes, skip_bad)
     if isinstance(model, QuantModel):
-        images = without_calibration(model, images, data, say)
+        scored = without_calibration(model, scored, data, say)
     kind = "simulated" if isinstance(model, QuantModel) else "float"
     result: dict[str, Any] = {"model": target, "kind": kind}
-    batches = images.batches(preprocess, batch_size, skip_bad=skip_bad)
+    batches = scored.batches(preprocess, batch_size, skip_bad=skip_bad)
     if float_model is not None and isinstance(model, QuantModel):
-        pair = evaluate_both(float_model, model, batches, len(images), where, say)
+        pair = evaluate_both(float_model, model, batches, len(scored), where, say)
         result |= pair.to_json()
         measured: ClassifyResult = pair.quantized
         if fidelity:
-            unlabelled = (b.images.to(where) for b in images.batches(preprocess, batch_size, skip_bad=skip_bad))
+            unlabelled = (b.images.to(where) for b in scored.batches(preprocess, batch_size, skip_bad=skip_bad))
             result["fidelity"] = measure_fidelity(float_model, model, unlabelled, say).to_json()
             say.table(sorted(result["fidelity"]["sites"], key=lambda s: s["sqnr"])[:10], title="lowest SQNR, dB")
     else:
-        measured = run_one(model, batches, len(images), where, say)
+        measured = run_one(model, batches, len(scored), where, say)
         result |= measured.to_json()
-    work.say_skipped(images, data, say)
+    work.say_skipped(scored, data, say)
     low, high = result["top1_interval"]
     say.result(
         f"{target} ({kind}): top-1 {result['top1']:.2f} % [{low:.2f}, {high:.2f}], top-5 {result['top5']:.2f} % on "
@@ -239,13 +270,12 @@ def without_calibration(qmodel: QuantModel, images: ImageSet, data: str, say: Sa
     Raises:
         DataError: nothing is left.
     """
-    seen = set(qmodel.provenance.get("calibration_sha256", ()))
-    kept = [i for i, digest in enumerate(images.digests()) if digest not in seen] if seen else range(len(images))
+    kept = work.not_calibrated(qmodel, images)
     if len(kept) < len(images):
         say.note(f"{len(images) - len(kept)} images of {data} were calibrated on; they are left out")
     if not kept:
         raise DataError(f"{data}: every image was calibrated on; give others")
-    return images.subset(list(kept)) if len(kept) < len(images) else images
+    return images.subset(kept) if len(kept) < len(images) else images
 
 
 def run_one(model: nn.Module, batches: Any, count: int, device: torch.device, say: Say) -> ClassifyResult:

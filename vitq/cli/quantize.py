@@ -17,9 +17,11 @@ from vitq.cli import work
 from vitq.cli.console import Say, check_outputs, command, peak_rss_mb, write_json
 from vitq.cli.recipes import Asked
 from vitq.core.batches import Batches
+from vitq.core.errors import InputError
 from vitq.core.qmodel import QuantModel
 from vitq.core.training import TrainingPass
 from vitq.data.images import ImageSet
+from vitq.data.native import PhotoInput, photo_input
 from vitq.data.preprocess import Preprocess
 from vitq.evaluate.classify import PairResult, evaluate_pair
 from vitq.evaluate.cost import float_forward_seconds
@@ -37,8 +39,10 @@ Examples:
 
     vitq quantize my_models.py:build --recipe my_recipe.py:mine --bits w3a3 --calib photos/ --out out/
 
-Preprocessing is the model's own. With --eval, float and quantized accuracy are measured in the same run;
-images that were calibrated on are left out of it.
+    vitq quantize my_models.py:mask_rcnn --scope backbone --calib photos/ --out out/
+
+Preprocessing is the model's own; detectors and segmenters calibrate on photos at their own sizes. With --eval, float
+and quantized accuracy are measured in the same run; images that were calibrated on are left out of it.
 """
 
 
@@ -56,6 +60,8 @@ def quantize_command(
     option: a.Options = None,
     exclude: a.Exclude = None,
     override: a.Set = None,
+    scope: a.Scope = None,
+    size: a.Size = None,
     seed: a.Seed = 0,
     device: a.Device = "auto",
     batch_size: a.BatchSize = 50,
@@ -67,12 +73,21 @@ def quantize_command(
     """See HELP."""
     say = Say(quiet)
     check_outputs(json)
-    asked = Asked.of(recipe, bits, option, exclude, override, seed)
+    asked = Asked.of(recipe, bits, option, exclude, override, seed, scope)
     check_destination(out, force=force)
     where = work.choose_device(device)
     loaded = work.open_model(model, checkpoint, where, say)
-    preprocess = work.need_preprocess(loaded.preprocess, model)
-    data, images = work.calibration(calib, calib_size, seed, preprocess, where, skip_bad, say)
+    preprocess: Preprocess | PhotoInput
+    if takes_photos := photo_input(loaded.model, size):
+        if eval_data is not None:
+            raise InputError(f"{model} finds things in photos: measure it with vitq evaluate {out} --task … instead")
+        preprocess = takes_photos
+        data, images = work.photos(calib, calib_size, seed, takes_photos, where, skip_bad, say)
+    else:
+        preprocess = work.need_preprocess(loaded.preprocess, model)
+        if size is not None:
+            raise InputError(f"--size is for detectors and segmenters of transformers, which {model} is not")
+        data, images = work.calibration(calib, calib_size, seed, preprocess, where, skip_bad, say)
     scored = work.evaluation(eval_data, images, loaded.num_classes, skip_bad, say) if eval_data else None
     say.note("passes: " + ", ".join(map(str, asked.plan.passes)))
     if any(isinstance(spec.build(), TrainingPass) for spec in asked.plan.passes):
@@ -119,14 +134,14 @@ class Finish:
         float_model: nn.Module,
         result: dict[str, Any],
         scored: tuple[ImageSet, list[str]] | None,
-        preprocess: Preprocess,
+        preprocess: Preprocess | PhotoInput,
         where: torch.device,
         say: Say,
     ) -> dict[str, Any]:
         """Saved before it is evaluated, so that an interrupted evaluation loses nothing, and again after."""
         note_gaps(qmodel, say)
         result |= save(qmodel, self.out, force=self.force, metrics=result)
-        if scored is not None:
+        if scored is not None and isinstance(preprocess, Preprocess):
             say.note(f"saved in {self.out}")
             evaluation, left_out = scored
             batches = evaluation.batches(preprocess, self.batch_size, skip_bad=self.skip_bad)

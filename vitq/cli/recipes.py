@@ -76,10 +76,12 @@ class Asked:
         exclude: Sequence[str] | None,
         overrides: Sequence[str] | None,
         seed: int,
+        scope: Sequence[str] | None = None,
     ) -> Asked:
         """From command-line words, refused here if they cannot be."""
         parsed = parse_options(options or ())
         more = {"bits": bits, "exclude": exclude or (), "overrides": overrides or (), "options": parsed, "seed": seed}
+        more["scope"] = tuple(scope) if scope else "all"
         found = recipe_of(recipe, parsed)
         return cls(found, more, resolve(found, **more))  # type: ignore[arg-type]
 

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from vitq.cli.console import Say
-from vitq.core.batches import Batches, sizes_of
+from vitq.core.batches import Batches, moved, sizes_of
 from vitq.core.errors import DataError, InputError
+from vitq.core.qmodel import QuantModel
 from vitq.data.checkpoint import some
 from vitq.data.images import ImageSet, open_images, without_overlap
+from vitq.data.native import PhotoInput
 from vitq.data.preprocess import Preprocess
 from vitq.data.source import LoadedModel, load_model
 
@@ -72,11 +74,7 @@ def calibration(
     Raises:
         DataError: fewer images than asked, or unreadable ones (none left, with skip_bad).
     """
-    if size < 1:
-        raise InputError(f"--calib-size {size}: at least one image is needed")
-    images = open_images(data, labels="none").sample(size, seed)
-    if not skip_bad:
-        images.check()
+    images = sampled(data, size, seed, skip_bad)
     parts = []
     with say.task("decoding calibration images", size) as task:
         if size <= IN_MEMORY or skip_bad:  # what will be skipped must be known before batches are counted
@@ -93,6 +91,56 @@ def calibration(
             yield batch.images.to(device)
 
     return Batches(stream, sizes_of(len(images))), images
+
+
+def not_calibrated(qmodel: QuantModel, images: ImageSet) -> list[int]:
+    """Positions of the images that an artifact was not calibrated on."""
+    seen = set(qmodel.provenance.get("calibration_sha256", ()))
+    return [i for i, digest in enumerate(images.digests()) if digest not in seen] if seen else list(range(len(images)))
+
+
+def photos(
+    data: str, size: int, seed: int, inputs: PhotoInput, device: torch.device, skip_bad: bool, say: Say
+) -> tuple[Batches, ImageSet]:
+    """Sample calibration photos at their own sizes. They are decoded again for every go, so that memory stays flat.
+
+    Raises:
+        DataError: fewer photos than asked, or unreadable ones (none left, with skip_bad).
+    """
+    images = sampled(data, size, seed, skip_bad)
+    if skip_bad:
+        images = say_skipped(_readable(images), data, say)
+    if not len(images):
+        raise DataError(f"no readable image in {data}")
+
+    def stream() -> Iterator[Any]:
+        return (moved(inputs(images.photo(position)), device) for position in range(len(images)))
+
+    return Batches(stream, [1] * len(images)), images
+
+
+def _readable(images: ImageSet) -> ImageSet:
+    """The images, with those that cannot be read listed as skipped."""
+    for position, name in enumerate(images.ids):
+        try:
+            images.photo(position)
+        except DataError:
+            images.skipped.append(name)
+    return images
+
+
+def sampled(data: str, size: int, seed: int, skip_bad: bool) -> ImageSet:
+    """Draw calibration images.
+
+    Raises:
+        DataError: fewer images than asked, or unreadable ones.
+    """
+    if size < 1:
+        raise InputError(f"--calib-size {size}: at least one image is needed")
+    images = open_images(data, labels="none").sample(size, seed)
+    if not skip_bad:
+        images.check()
+    return images
 
 
 def say_skipped(images: ImageSet, data: str, say: Say) -> ImageSet:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -14,16 +15,19 @@ from vitq.core.errors import DataError, InputError
 MICRO_BATCH = 32
 LARGEST_EXAMPLE = 2**26  # values of one tensor in a description: an image of 4,700 x 4,700
 LARGEST_NDIM = 16
+SMALLEST_IMAGE = 16  # pixels of a side, from which on (3, H, W) tensors in a list count as images
+PIXEL_MASK = "pixel_mask"  # as transformers calls what says where an image is padded
 ForwardFn = Callable[[nn.Module, Any], Any]
 
 
 def default_forward(model: nn.Module, batch: Any) -> Any:
     """Call the model on one batch.
 
-    A tensor is the only argument; a mapping gives keyword arguments (without labels); (images, labels) as
-    data loaders give it is `images`; any other tuple or list gives positional arguments.
+    A tensor is the only argument, and so is a list of images (3, H, W), as detectors take it; a mapping gives keyword
+    arguments (without labels); (images, labels) as data loaders give it is `images`; any other tuple or list gives
+    positional arguments.
     """
-    if isinstance(batch, Tensor):
+    if isinstance(batch, Tensor) or is_image_list(batch):
         return model(batch)
     if isinstance(batch, dict):
         return model(**{k: v for k, v in batch.items() if k not in ("label", "labels")})
@@ -62,10 +66,11 @@ class Batches:
 
     @classmethod
     def of(cls, data: Any, forward: ForwardFn = default_forward) -> Batches:
-        """Wrap a tensor, a pytree of tensors with one leading size, or an iterable of batches.
+        """Wrap a tensor, a list of images, a pytree of tensors with one leading size, or an iterable of batches.
 
         Tensors are cut into micro-batches of 32, where all of them agree in the first dimension. An iterable's batches
-        are taken as they come. Those of a generator are kept, so that it can be gone through again; a data loader, or
+        are taken as they come, but for images of several sizes, which are taken one by one and without padding (see
+        `without_padding`). Those of a generator are kept, so that it can be gone through again; a data loader, or
         whatever else gives a fresh iterator every time, is read again and again, so that memory stays flat; one that
         shuffles gives up that the same seed means the same bits.
 
@@ -74,8 +79,12 @@ class Batches:
         """
         if isinstance(data, Batches):
             return data
+        if is_image_list(data):
+            data = [data]
         if isinstance(data, (Tensor, dict)) or (isinstance(data, tuple) and all(isinstance(t, Tensor) for t in data)):
             _check(data, "calibration data")
+            if isinstance(data, dict) and PIXEL_MASK in data:
+                return cls.of([data], forward)
             count = leading_size(data)
             return cls(lambda: split(data, MICRO_BATCH), sizes_of(count) if _agree(data) else [count], forward)
         if not isinstance(data, Iterable):
@@ -84,10 +93,10 @@ class Batches:
         sizes = []
         for number, batch in enumerate(kept):
             _check(batch, f"calibration batch {number}")
-            sizes.append(leading_size(batch))
+            sizes += [leading_size(part) for part in without_padding(batch)]
         if not sizes:
             raise DataError("calibration data holds no batches; give at least one image")
-        return cls(lambda: _same_sizes(kept, sizes), sizes, forward)
+        return cls(lambda: _same_sizes(chain.from_iterable(map(without_padding, kept)), sizes), sizes, forward)
 
 
 def sizes_of(count: int, size: int = MICRO_BATCH) -> list[int]:
@@ -95,14 +104,54 @@ def sizes_of(count: int, size: int = MICRO_BATCH) -> list[int]:
     return [min(size, count - start) for start in range(0, count, size)]
 
 
+def is_image_list(batch: Any) -> bool:
+    """Whether a batch is a list of images (3, H, W), whose sizes may differ."""
+    return (
+        isinstance(batch, list)
+        and bool(batch)
+        and all(isinstance(t, Tensor) and t.ndim == 3 and t.shape[0] == 3 for t in batch)
+        and min(min(t.shape[1:]) for t in batch) >= SMALLEST_IMAGE
+    )
+
+
+def without_padding(batch: Any) -> Iterator[Any]:
+    """A batch, or its images one by one where they differ in size.
+
+    In one batch, smaller images are padded: by the model, or with a pixel mask beside them that says so. What a model
+    makes of padding does not matter, and must not decide a scale. So such images go alone, cut to what the mask shows.
+    """
+    if is_image_list(batch) and len({t.shape for t in batch}) > 1:
+        yield from split(batch, 1)
+        return
+    mask = batch.get(PIXEL_MASK) if isinstance(batch, dict) else None
+    if not isinstance(mask, Tensor) or bool(mask.all()) or not _agree(batch):
+        yield batch
+        return
+    frame = mask.shape[-2:]
+    for one in split(batch, 1):
+        shown = one[PIXEL_MASK][0].bool()
+        height, width = int(shown.any(1).sum()), int(shown.any(0).sum())
+        yield pytree.tree_map(
+            lambda t, h=height, w=width: t[..., :h, :w] if isinstance(t, Tensor) and t.shape[-2:] == frame else t, one
+        )
+
+
 def leading_size(batch: Any) -> int:
-    """Size of the first dimension of the first tensor of a pytree, 0 without tensors."""
+    """Images of a list of them; else size of the first dimension of the first tensor of a pytree, 0 without tensors."""
+    if is_image_list(batch):
+        return len(batch)
     tensors = [t for t in pytree.tree_leaves(batch) if isinstance(t, Tensor) and t.ndim]
     return tensors[0].shape[0] if tensors else 0
 
 
 def split(batch: Any, size: int) -> Iterator[Any]:
-    """Cut a pytree of tensors along their first dimension; one whose tensors do not agree in that stays whole."""
+    """Cut a list of images, or a pytree of tensors along their first dimension.
+
+    One whose tensors do not agree in that stays whole.
+    """
+    if is_image_list(batch):
+        yield from (batch[start : start + size] for start in range(0, len(batch), size))
+        return
     if not _agree(batch):
         yield batch
         return
@@ -117,7 +166,9 @@ def _agree(batch: Any) -> bool:
 
 
 def first_of(batch: Any) -> Any:
-    """The first example of a pytree of tensors, as a batch of one."""
+    """The first example of a list of images or a pytree of tensors, as a batch of one."""
+    if is_image_list(batch):
+        return batch[:1]
     return pytree.tree_map(lambda t: t[:1] if isinstance(t, Tensor) and t.ndim else t, batch)
 
 

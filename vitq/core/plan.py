@@ -87,7 +87,11 @@ class Plan:
                 )
         for module in self.scope:
             if not any(_below(s.owner, module) for s in graph.sites.values()):
-                raise SiteNotFoundError(f"scope {module!r} holds no matrix product; see `vitq inspect` for the modules")
+                top = dict.fromkeys(s.owner.split(".")[0] or "the model itself" for s in graph.sites.values())
+                raise SiteNotFoundError(
+                    f"scope {module!r} holds no matrix product; those at the top that do: {', '.join(top)}. Names are "
+                    f"those of model.named_modules(), and `vitq inspect` shows what they hold"
+                )
         formats: dict[str, Format] = {}
         reasons: dict[str, str] = {}
         for call in graph.calls:

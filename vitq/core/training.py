@@ -60,19 +60,29 @@ class Given:
             raise DataError(
                 "training takes batches of which every tensor has the examples as its first dimension; give training="
             )
+        shapes = {tuple(tuple(t.shape) for t in _tensors(item)) for item in self._items}
+        if len(shapes) > 1:
+            raise DataError(
+                f"training takes images of one size, and these have {len(shapes)}; resize them, or take a recipe that "
+                f"does not train"
+            )
 
     def __len__(self) -> int:
         return len(self._items)
 
     def digest(self) -> str:
         """Of every value."""
-        return of_tensors(("", t) for t in pytree.tree_leaves(self._items) if isinstance(t, Tensor))
+        return of_tensors(("", t) for t in _tensors(self._items))
 
     def stream(self, batches: Sequence[Sequence[Draw]]) -> Iterator[tuple[Any, Tensor | None]]:
         """The images of each batch, one behind the other."""
         for draws in batches:
             items = [self._items[number] for _, number in draws]
             yield pytree.tree_map(_joined, *items), None
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [t for t in pytree.tree_leaves(tree) if isinstance(t, Tensor)]
 
 
 def _joined(*parts: Any) -> Any:

@@ -19,20 +19,23 @@ EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif"
 ADVICE = "Repair or remove it, or leave such images out with skip_bad=True."
 
 
-def decode(data: bytes, name: str) -> Image:
-    """RGB image of encoded bytes. The camera's rotation tag is not applied: the loaders do not either.
+def decode(data: bytes, name: str, *, upright: bool = False) -> Image:
+    """RGB image of encoded bytes.
+
+    Args:
+        upright: turn it as the camera's rotation tag says. The loaders of classifiers do not; boxes need it.
 
     Raises:
         DataError: empty, truncated or not an image; says name.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     if not data:
         raise DataError(f"image {name!r} is empty (0 bytes). {ADVICE}")
     try:
         with Image.open(io.BytesIO(data)) as image:
             image.load()
-            return to_rgb(image)
+            return to_rgb(ImageOps.exif_transpose(image) if upright else image)
     except Exception as error:  # PIL's decoders raise many types
         raise DataError(f"image {name!r} cannot be read ({_reason(error)}). {ADVICE}") from error
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,6 +24,9 @@ from vitq.data.parquet import open_parquet
 from vitq.data.preprocess import Preprocess
 from vitq.data.stores import FileStore, Item, Store, Thunk, batches_store, tensor_store
 from vitq.data.zoo import zoo_store
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 DECODERS = 2  # threads; decoding is a small part of a forward pass
 LOOK_AHEAD = 16  # images decoded ahead of the reader, so that memory stays flat
@@ -173,6 +176,17 @@ class ImageSet:
             DataError: it cannot be read.
         """
         return _load(self._store.one(self._indices[position]), self.ids[position], transform, self.where)
+
+    def photo(self, position: int) -> Image:
+        """One image at its own size: RGB, turned upright as its rotation tag says.
+
+        Raises:
+            DataError: it cannot be read, or is a tensor.
+        """
+        item, name = self._store.one(self._indices[position])(), self.ids[position]
+        if isinstance(item, Tensor):
+            raise DataError(f"{self.where} holds preprocessed tensors. Give image files.")
+        return decode(item, name, upright=True) if isinstance(item, bytes) else to_rgb(item)
 
     def _decoded(self, preprocess: Preprocess | None, skip_bad: bool) -> Iterator[tuple[int, Tensor]]:
         """(position, image) in order, decoded by threads that run at most LOOK_AHEAD images ahead."""

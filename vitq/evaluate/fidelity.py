@@ -60,7 +60,7 @@ class Fidelity:
         }
 
 
-class _Power:
+class Power:
     """Sums of squares of a signal and of its quantization error."""
 
     def __init__(self) -> None:
@@ -91,8 +91,8 @@ def fidelity(
     Raises:
         InputError: an output in which no logits are found.
     """
-    powers = {site.id: _Power() for site in qmodel.sites()}
-    logits = _Power()
+    powers = {site.id: Power() for site in qmodel.sites()}
+    logits = Power()
     agree, kl, images = 0, 0.0, 0
 
     def look(name: str, quantizer: SiteQuantizer, x: Tensor) -> None:

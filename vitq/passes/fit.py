@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from vitq.calibrate.capture import IMAGES, Watcher, watch_parallel, watch_prefix
+from vitq.calibrate.padding import without_zero_rows
 from vitq.calibrate.search import Search
 from vitq.core.batches import Batches
 from vitq.core.errors import CompositionError, DataError
@@ -81,7 +82,7 @@ class Fit(Pass):
         if missed:
             raise DataError(
                 f"{len(missed)} sites saw no values, for example {missed[0]}: the model took another way than when it "
-                f"was traced"
+                f"was traced, or found nothing in the calibration images"
             )
         for site in rest:
             qmodel.quantizers[site].state = "on"
@@ -119,6 +120,8 @@ class _Fitting:
             self.same_as = other
             return
         self.last.tensor, self.last.watcher = x if self.single else None, self
+        if self.quantizer.layout.keep in ((), (-1,)):  # tokens that have scales of their own are all needed
+            x = without_zero_rows(self.site, x)
         try:
             self.sketch.observe(self.quantizer.layout.by_group(x.to(torch.float32)), images)
         except DataError as error:

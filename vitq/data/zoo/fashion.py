@@ -74,7 +74,7 @@ def zoo_images(name: str) -> tuple[Tensor, Tensor]:
     Raises:
         UnknownNameError: no such image set.
     """
-    stored = _arrays(name)
+    stored = stored_arrays(name)
     pixels = torch.from_numpy(stored["images"]).float().div(255).sub(0.5).div(0.5)
     return pixels.unsqueeze(1).repeat(1, 3, 1, 1), torch.from_numpy(stored["labels"]).long()
 
@@ -87,7 +87,7 @@ def zoo_store(name: str) -> ItemStore:
     """
     from PIL import Image
 
-    stored = _arrays(name)
+    stored = stored_arrays(name)
     part = "t10k" if name == "fashion_test" else "train"
     ids = [f"{part}-{row:05}" for row in stored["rows"].tolist()]
     items = [Image.fromarray(image) for image in stored["images"]]
@@ -104,7 +104,7 @@ def _trained(build: Callable[[], nn.Module], name: str) -> nn.Module:
     return model
 
 
-def _arrays(name: str) -> dict[str, NDArray[Any]]:
+def stored_arrays(name: str) -> dict[str, NDArray[Any]]:
     """images (N, 28, 28) uint8, labels (N,) uint8, rows (N,) int32."""
     if name not in IMAGE_SETS:
         raise UnknownNameError("zoo image set", name, list(IMAGE_SETS))
