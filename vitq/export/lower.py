@@ -42,11 +42,7 @@ def lower_marks(model: Any, qmodel: QuantModel, profile: Profile) -> None:
     def paired(node: Any) -> bool:
         return profile.pairs and fits_bytes(qmodel.quantizers[node.attributes["site"].as_string()])
 
-    def whole(value: Any) -> bool:
-        found = qmodel.quantizers[value.producer().attributes["site"].as_string()]
-        return paired(value.producer()) and isinstance(found, Quantizer) and not found.layout.keep
-
-    wide = {node for node in marks if takes_whole_numbers(node, whole)}
+    wide = {node for node in marks if takes_whole_numbers(node, lambda value: paired(value.producer()))}
     for node in marks:
         edit = Editor(graph, node)
         site, found = qmodel.graph.sites[edit.site], qmodel.quantizers[edit.site]

@@ -49,29 +49,30 @@ def _as_function(edit: Editor, x: Any, kind: str, quantizer: Quantizer, function
 
 
 def fits_bytes(quantizer: object) -> bool:
-    """Whether codes and zero-points are bytes, and scales lie along one dimension at most."""
-    if not isinstance(quantizer, Quantizer) or not quantizer.affine or quantizer.layout.group or len(quantizer.layout.keep) > 1 or quantizer.bits > BYTE:
+    """Whether codes and zero-points are bytes, with one scale for all.
+
+    ONNX Runtime takes every DequantizeLinear before a MatMul for its own; one with several scales, it then fails on.
+    """
+    if not isinstance(quantizer, Quantizer) or not quantizer.affine or quantizer.layout.keep or quantizer.bits > BYTE:
         return False
     zero_point = quantizer.params()["zero_point"]
     return bool((zero_point >= 0).all() and (zero_point < 2**BYTE).all())
 
 
 def _pair(edit: Editor, x: Any, quantizer: Quantizer) -> Any:
-    params, keep = quantizer.params(), quantizer.layout.keep
-    if not keep and (order := edit.take_transposes()) != tuple(range(len(x.shape))):
+    if (order := edit.take_transposes()) != tuple(range(len(x.shape))):
         x = edit.node("Transpose", [x], {"perm": order})
-    scale = params["scale"].detach().flatten().cpu().numpy()
-    zero_point = params["zero_point"].flatten().cpu().to(torch.uint8).numpy()
-    attributes = {"axis": len(x.shape) + keep[0]} if keep else {}
-    if not keep:
-        scale, zero_point = scale[0], zero_point[0]
-    with_scale = [edit.constant("scale", np.asarray(scale)), edit.constant("zero_point", np.asarray(zero_point))]
+    params = quantizer.params()
+    with_scale = [
+        edit.constant("scale", params["scale"].detach().cpu().numpy()),
+        edit.constant("zero_point", params["zero_point"].to(torch.uint8).cpu().numpy()),
+    ]
     whole = quantizer.bits == BYTE
-    code = edit.node("QuantizeLinear", [x, *with_scale], attributes, part=CODE if whole else "")
+    code = edit.node("QuantizeLinear", [x, *with_scale], part=CODE if whole else "")
     if not whole:
         ends = [edit.constant(name, np.array(end, np.uint8)) for name, end in (("low", 0), ("high", 2**quantizer.bits - 1))]
         code = edit.node("Clip", [code, *ends], part=CODE)
-    return edit.node("DequantizeLinear", [code, *with_scale], attributes)
+    return edit.node("DequantizeLinear", [code, *with_scale])
 
 
 def _function(edit: Editor, x: Any, kind: str, quantizer: Quantizer, functions: Functions) -> Any:
