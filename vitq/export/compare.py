@@ -52,7 +52,7 @@ def simulated(qmodel: QuantModel, batch: Any) -> tuple[dict[tuple[str, int], AtS
 
 
 def steps_apart(at: AtSite, got: Tensor) -> Tensor:
-    """How many levels are between each value of a file and the simulated one; FAR for what is no value of the format."""
+    """Levels between each value of a file and the simulated one; FAR for what is no value of the format."""
     if not isinstance(at.quantizer, Quantizer):
         near = (got - at.values).abs() <= SAME * at.values.abs().max()
         return torch.where(near, 0, FAR)

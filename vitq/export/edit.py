@@ -33,12 +33,18 @@ class Editor:
         if full not in self.graph.initializers:
             tensor = ir.tensor(array, name=full)
             self.graph.register_initializer(
-                ir.Value(name=full, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape))
+                ir.Value(name=full, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape))
             )
         return self.graph.initializers[full]
 
     def node(
-        self, kind: str, inputs: Sequence[Any], attributes: dict[str, Any] | None = None, *, domain: str = "", part: str = ""
+        self,
+        kind: str,
+        inputs: Sequence[Any],
+        attributes: dict[str, Any] | None = None,
+        *,
+        domain: str = "",
+        part: str = "",
     ) -> Any:
         """Insert a node; gives its output."""
         import onnx_ir as ir
@@ -65,14 +71,14 @@ class Editor:
         """
         marked = self.marked.outputs[0]
         nodes = only_consumers(marked, "Transpose")
-        orders = {tuple(node.attributes["perm"].as_ints()) for node in nodes}
+        orders: set[tuple[int, ...]] = {tuple(node.attributes["perm"].as_ints()) for node in nodes}
         if len(orders) != 1:
             return tuple(range(len(marked.shape)))
         (order,) = orders
         marked.shape = nodes[0].outputs[0].shape
         for node in nodes:
             drop(self.graph, node, marked)
-        self.order = order if list(order) != sorted(order) else ()
+        self.order = order if order != tuple(sorted(order)) else ()
         return order
 
     def replace(self, value: Any) -> None:
@@ -88,7 +94,11 @@ class Editor:
 def only_consumers(value: Any, kind: str) -> list[Any]:
     """The nodes that read a value, if all of them are of one kind and no output of the model is it; else none."""
     nodes = [use.node for use in value.uses()]
-    return nodes if nodes and not value.is_graph_output() and all(n.op_type == kind and not n.domain for n in nodes) else []
+    return (
+        nodes
+        if nodes and not value.is_graph_output() and all(n.op_type == kind and not n.domain for n in nodes)
+        else []
+    )
 
 
 def drop(graph: Any, node: Any, instead: Any) -> None:

@@ -80,7 +80,7 @@ def weights_alone(model: Any) -> Any:
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     weights = [shown.name for shown in shown_values(model) if shown.part == WEIGHT]
-    wanted, nodes = set(weights), []
+    wanted, nodes = set(weights), list[Any]()
     for node in reversed(model.graph.node):
         if wanted & set(node.output):
             wanted |= set(node.input)
@@ -95,4 +95,3 @@ def weights_alone(model: Any) -> Any:
         copy.graph.ClearField(field)
         getattr(copy.graph, field).extend(kept)
     return copy
-

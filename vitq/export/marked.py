@@ -12,7 +12,7 @@ from collections import Counter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from vitq.core.errors import ExportError, InputError
@@ -55,19 +55,22 @@ def to_marked(qmodel: QuantModel, example: Any) -> Any:
         quantizer = marked.quantizers[site]
         assert isinstance(quantizer, AnyQuantizer)
         quantizer.baked = False  # so that the site of a weight is in the graph, too
-        quantizer.forward = _Mark(site.id, quantizer, uses)  # type: ignore[method-assign]
+        quantizer.forward = _Mark(site.id, quantizer, uses)
     batch = torch.export.Dim("batch")
     example = pytree.tree_map(_twice, example)
-    shapes = pytree.tree_map(lambda t: {0: batch} if isinstance(t, Tensor) and t.ndim else None, example)
     args, kwargs = arguments(example)
-    of_args, of_kwargs = arguments(shapes) if not isinstance(example, Tensor) else ((shapes,), {})
+    shapes = pytree.tree_map(lambda t: {0: batch} if isinstance(t, Tensor) and t.ndim else None, kwargs or args)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # torch warns of its own future
         try:
             program = torch.export.export(
-                marked.model.eval(), args, kwargs, dynamic_shapes=_by_name(marked.model, of_args, of_kwargs), strict=False
+                marked.model.eval(),
+                args,
+                kwargs,
+                dynamic_shapes=shapes,
+                strict=False,
             )
-            names = {"input_names": ["images"], "output_names": ["output"]} if isinstance(example, Tensor) else {}
+            names: Any = {"input_names": ["images"], "output_names": ["output"]} if isinstance(example, Tensor) else {}
             exported: Any = torch.onnx.export(program, dynamo=True, opset_version=OPSET, verbose=False, **names)
         except Exception as error:  # torch raises errors of many kinds
             first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
@@ -89,22 +92,21 @@ class _Mark:
             raise InputError(f"{self.site} has values of type {x.dtype}; export takes float32 models: model.float()")
         # A dynamic format has no levels to write down: its own arithmetic is exported, and the mark says where it ends.
         x = x if isinstance(self.quantizer, Quantizer) else self.quantizer.quantized(x)
-        attributes = {"site": self.site, "use": self.uses.next(self.site)}
-        marked: Tensor = torch.onnx.ops.symbolic(f"{DOMAIN}::Site", (x,), attributes, dtype=x.dtype, shape=x.shape, version=1)
+        attributes: Any = {"site": self.site, "use": self.uses.next(self.site)}
+        marked: Tensor = torch.onnx.ops.symbolic(
+            f"{DOMAIN}::Site", (x,), attributes, dtype=x.dtype, shape=x.shape, version=1
+        )
         return marked
 
 
 def arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional and keyword arguments of a model for one input."""
     if isinstance(batch, dict):
-        return (), batch
+        return (), {name: value for name, value in batch.items() if name not in ("label", "labels")}
     return tuple(batch) if isinstance(batch, (tuple, list)) else (batch,), {}
 
 
 def _twice(value: Any) -> Any:
-    return value[:1].repeat(EXPORT_BATCH, *[1] * (value.ndim - 1)) if isinstance(value, Tensor) and value.ndim else value
-
-
-def _by_name(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """torch.export wants one entry for each argument: positional ones in a tuple, or all by name."""
-    return kwargs if kwargs else args
+    return (
+        value[:1].repeat(EXPORT_BATCH, *[1] * (value.ndim - 1)) if isinstance(value, Tensor) and value.ndim else value
+    )

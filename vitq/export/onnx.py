@@ -18,7 +18,6 @@ from vitq.export.marked import OPSET, to_marked
 from vitq.export.parity import Parity, check_parity
 from vitq.export.runtime import count_products, need_packages
 from vitq.export.weights import stored_bits
-from vitq.quantizers.base import Quantizer
 from vitq.quantizers.dynamic import DynamicQuantizer
 
 SEEDED = 8  # inputs that are drawn where no images are given
@@ -58,7 +57,13 @@ class Exported:
 
 
 def export_onnx(
-    qmodel: QuantModel, path: str | Path, profile: str = "ort", *, data: Any = None, opset: int = OPSET, described: str = ""
+    qmodel: QuantModel,
+    path: str | Path,
+    profile: str = "ort",
+    *,
+    data: Any = None,
+    opset: int = OPSET,
+    described: str = "",
 ) -> Exported:
     """Write a frozen model as one ONNX file, and check it in ONNX Runtime. A file that was there stays until then.
 
@@ -100,7 +105,9 @@ def check_request(path: Path, profile: str, opset: int = OPSET) -> None:
     if profile not in PROFILES:
         raise UnknownNameError("export profile", profile, PROFILES)
     if opset != OPSET:
-        raise InputError(f"opset {opset}: files are written for opset {OPSET}, the first with 4-bit weights; leave it out")
+        raise InputError(
+            f"opset {opset}: files are written for opset {OPSET}, the first with 4-bit weights; leave it out"
+        )
     if path.is_dir():
         raise InputError(f"{path} is a folder; name a file, such as {path / 'model.onnx'}")
     if not path.parent.is_dir():
@@ -153,7 +160,9 @@ def _notes(qmodel: QuantModel) -> tuple[str, ...]:
         notes.append(f"{count} weights of {bits} bits are stored as {stored}-bit numbers, which ONNX has")
     dynamic = [site for site in qmodel.sites() if isinstance(qmodel.quantizers[site], DynamicQuantizer)]
     if dynamic:
-        notes.append(f"{len(dynamic)} sites have a dynamic format ({_kinds(qmodel, dynamic)}): exported as its arithmetic")
+        notes.append(
+            f"{len(dynamic)} sites have a dynamic format ({_kinds(qmodel, dynamic)}): exported as its arithmetic"
+        )
     return tuple(notes)
 
 

@@ -5,8 +5,8 @@ and does not grow on the way. Of the codes of a site, 99.9 % must be equal and t
 be equal to the bit; so must the output be, to float precision.
 
 *End to end*: predictions of file and simulated model on the same images. Low-bit models are chaotic, so the agreement
-is told beside that of the simulated model with itself under noise of NOISE on the input, and must not be below it beyond
-what the number of images explains (Fisher's exact test, one-sided, at SURE).
+is told beside that of the simulated model with itself under noise of NOISE on the input, and must not be below it
+beyond what the number of images explains (Fisher's exact test, one-sided, at SURE).
 """
 
 from __future__ import annotations

@@ -13,14 +13,10 @@ from torch.utils import _pytree as pytree
 
 from vitq.core.errors import MissingExtraError
 
-WHOLE = frozenset(
-    ("MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QLinearMatMul", "QGemm", "QLinearConv")
-    + ("ConvInteger", "QAttention")
-)
-FLOAT = frozenset(
-    ("MatMul", "FusedMatMul", "Gemm", "FusedGemm", "MatMulNBits", "Conv", "FusedConv", "ConvTranspose", "Attention")
-    + ("MultiHeadAttention",)
-)
+WHOLE = frozenset({"MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QLinearMatMul", "QGemm"})
+WHOLE |= {"QLinearConv", "ConvInteger", "QAttention"}
+FLOAT = frozenset({"MatMul", "FusedMatMul", "Gemm", "FusedGemm", "MatMulNBits", "Conv", "FusedConv", "ConvTranspose"})
+FLOAT |= {"Attention", "MultiHeadAttention"}
 QUIET = 3  # errors only
 
 

@@ -70,7 +70,9 @@ def _pair(edit: Editor, x: Any, quantizer: Quantizer) -> Any:
     whole = quantizer.bits == BYTE
     code = edit.node("QuantizeLinear", [x, *with_scale], part=CODE if whole else "")
     if not whole:
-        ends = [edit.constant(name, np.array(end, np.uint8)) for name, end in (("low", 0), ("high", 2**quantizer.bits - 1))]
+        ends = [
+            edit.constant(name, np.array(end, np.uint8)) for name, end in (("low", 0), ("high", 2**quantizer.bits - 1))
+        ]
         code = edit.node("Clip", [code, *ends], part=CODE)
     return edit.node("DequantizeLinear", [code, *with_scale])
 

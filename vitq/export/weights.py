@@ -78,7 +78,7 @@ def _symmetric(quantizer: Quantizer) -> bool:
 
 
 def _in_float(edit: Editor, quantizer: Quantizer, codes: torch.Tensor, width: int, order: list[int]) -> Any:
-    """Codes of any format: arithmetic in float32, or a table of levels; runtimes do it once, when they load the file."""
+    """Codes of any format: arithmetic in float32, or a table of levels. A runtime does it once, when it loads."""
     import ml_dtypes
     import onnx_ir as ir
 
