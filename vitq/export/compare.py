@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,15 +42,34 @@ def simulated(qmodel: QuantModel, batch: Any) -> tuple[dict[tuple[str, int], AtS
         found[(quantizer.where, uses.next(quantizer.where))] = AtSite(quantizer, codes, values.cpu())
         return values
 
+    with _seen_by(qmodel, look):
+        output = default_forward(qmodel, batch)
+    return found, output
+
+
+@torch.no_grad()
+def disturbed(qmodel: QuantModel, batch: Any, noise: float, draw: torch.Generator) -> Any:
+    """The output where whatever enters a site is off by that share of itself, as other float kernels have it."""
+
+    def look(quantizer: Any, x: Tensor) -> Tensor:
+        values: Tensor = quantizer.quantized(x * (1 + noise * torch.randn(x.shape, generator=draw).to(x)))
+        return values
+
+    with _seen_by(qmodel, look):
+        return default_forward(qmodel, batch)
+
+
+@contextmanager
+def _seen_by(qmodel: QuantModel, look: Any) -> Iterator[None]:
+    """While this lasts, values at every site of activations are what `look` makes of what enters."""
     watched = [qmodel.quantizers[site] for site in qmodel.sites() if not qmodel.quantizers[site].baked]
     try:
         for quantizer in watched:
             quantizer.observer = look
-        output = default_forward(qmodel, batch)
+        yield
     finally:
         for quantizer in watched:
             quantizer.observer = None
-    return found, output
 
 
 def steps_apart(at: AtSite, got: Tensor) -> Tensor:

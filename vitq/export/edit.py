@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ class Editor:
         self.site: str = marked.attributes["site"].as_string()
         self.use: int = marked.attributes["use"].as_int()
         self.name = self.site + (f"#{self.use}" if self.use else "")
+        self.kinds: Counter[str] = Counter()  # of nodes so far, for their names
         self.order: tuple[int, ...] = ()  # of the site's dimensions, where it is another one
 
     def constant(self, name: str, array: np.ndarray[Any, Any]) -> Any:
@@ -49,8 +51,10 @@ class Editor:
         """Insert a node; gives its output."""
         import onnx_ir as ir
 
-        made = ir.node(kind, inputs, attributes or {}, domain=domain, name=f"{self.name}/{kind}", num_outputs=1)
-        made.outputs[0].name = f"{self.name}/{kind}"
+        self.kinds[kind] += 1
+        name = f"{self.name}/{kind}" + (f"_{self.kinds[kind]}" if self.kinds[kind] > 1 else "")
+        made = ir.node(kind, inputs, attributes or {}, domain=domain, name=name, num_outputs=1)
+        made.outputs[0].name = name
         made.metadata_props[SITE], made.metadata_props[USE] = self.site, str(self.use)
         if part:
             self.note(made, part)

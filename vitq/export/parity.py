@@ -5,8 +5,9 @@ and does not grow on the way. Of the codes of a site, 99.9 % must be equal and t
 be equal to the bit; so must the output be, to float precision.
 
 *End to end*: predictions of file and simulated model on the same images. Low-bit models are chaotic, so the agreement
-is told beside that of the simulated model with itself under noise of NOISE on the input, and must not be below it
-beyond what the number of images explains (Fisher's exact test, one-sided, at SURE).
+is told beside that of the simulated model with itself under noise of NOISE: on the images, and on what enters every
+site. It must not be below the second beyond what the number of images explains (Fisher's exact test, one-sided, at
+SURE). Noise on images alone is no measure of other kernels where the network's input is quantized, which swallows it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch.utils import _pytree as pytree
 from vitq.core.batches import default_forward, leading_size, split
 from vitq.core.errors import ExportError
 from vitq.core.qmodel import QuantModel
-from vitq.export.compare import AtSite, simulated, steps_apart
+from vitq.export.compare import AtSite, disturbed, simulated, steps_apart
 from vitq.export.edit import CODE, WEIGHT
 from vitq.export.forced import GIVEN, Shown, shown_values, weights_alone, with_given_sites
 from vitq.export.runtime import Session, feeds_of
@@ -30,7 +31,7 @@ from vitq.export.runtime import Session, feeds_of
 ALIKE = 0.999  # of a site's codes; of a few codes, one may differ all the same
 OUTPUT = 1e-4  # of the largest output, where everything before the last product is given
 NOISE = 1e-6
-DRAWS = 4  # of the noise
+DRAWS = 2  # of each noise
 SURE = 0.01
 TEACHERS = 8  # images whose values at all sites are compared, CHUNK at a time
 CHUNK = 4
@@ -67,7 +68,8 @@ class Parity:
         sites: teacher-forced, in the order of execution.
         output_error: largest error of the output behind given sites, in parts of the largest output.
         agree, images: predictions that are the simulated model's.
-        agree_noise, images_noise: the same for the simulated model under noise.
+        agree_noise, agree_image_noise: the same for the simulated model under noise at every site, and on the images.
+        draws: predictions that these two are of.
         p_value: of agreeing that rarely, were the file as good as the simulated model under noise.
     """
 
@@ -76,7 +78,8 @@ class Parity:
     agree: int
     images: int
     agree_noise: int
-    images_noise: int
+    agree_image_noise: int
+    draws: int
     p_value: float
     data: str = ""
 
@@ -95,8 +98,9 @@ class Parity:
         return (
             f"parity on {self.data}: {100 * self.equal_codes:.4f} % of the codes are equal where every site is given "
             f"what the simulated model has ({off:,} differ, by one); {self.agree} of {self.images} predictions are "
-            f"those of the simulated model, which agrees with itself under noise of {NOISE:g} on "
-            f"{100 * self.agree_noise / self.images_noise:.1f} %"
+            f"those of the simulated model, which agrees with itself on "
+            f"{100 * self.agree_noise / self.draws:.1f} % under noise of {NOISE:g} at every site, on "
+            f"{100 * self.agree_image_noise / self.draws:.1f} % under such noise on the images"
         )
 
 
@@ -209,13 +213,14 @@ def _end_to_end(
     from scipy.stats import fisher_exact
 
     session = Session(data)
-    agree = noisy = images = 0
+    agree = noisy = image_noise = images = 0
     draw = torch.Generator().manual_seed(0)
     for part in _few(batch, leading_size(batch), 2 * CHUNK):
         with torch.no_grad():
             wanted = predictions(default_forward(qmodel, part))
             for _ in range(DRAWS):
-                noisy += int(predictions(default_forward(qmodel, _with_noise(part, draw))).eq(wanted).sum())
+                image_noise += int(predictions(default_forward(qmodel, _with_noise(part, draw))).eq(wanted).sum())
+                noisy += int(predictions(disturbed(qmodel, part, NOISE, draw)).eq(wanted).sum())
         got = session.run(feeds_of(session.inputs, part))
         agree += int(predictions(next(iter(got.values()))).eq(wanted).sum())
         images += wanted.numel()
@@ -224,10 +229,10 @@ def _end_to_end(
     if p_value < SURE:
         raise ExportError(
             f"{agree} of {images} predictions of the exported model are those of the simulated one, which agrees with "
-            f"itself under noise of {NOISE:g} on {noisy} of {DRAWS * images} (p = {p_value:.1e}), though every site "
-            f"alone is right. No file was written"
+            f"itself under noise of {NOISE:g} at every site on {noisy} of {DRAWS * images} (p = {p_value:.1e}), "
+            f"though every site alone is right. No file was written"
         )
-    return Parity(sites, error, agree, images, noisy, DRAWS * images, p_value, described)
+    return Parity(sites, error, agree, images, noisy, image_noise, DRAWS * images, p_value, described)
 
 
 def predictions(output: Any) -> Tensor:
