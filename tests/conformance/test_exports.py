@@ -28,8 +28,9 @@ def vit() -> nn.Module:
 
 
 def swin() -> nn.Module:
-    """zoo:seeded_swin with its first stage, one block of it with shifted windows, and one block behind the merging."""
+    """zoo:seeded_swin with two blocks: one with shifted windows, and one behind the merging."""
     model: Any = build_zoo("seeded_swin")
+    model.layers[0].blocks = model.layers[0].blocks[1:]
     model.layers[1].blocks = model.layers[1].blocks[:1]
     return model
 

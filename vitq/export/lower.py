@@ -53,7 +53,7 @@ def lower_marks(model: Any, qmodel: QuantModel, profile: Profile) -> None:
             continue
         value = put_activation(edit, qmodel.formats[edit.site].kind, quantizer, functions, paired(node))
         if paired(node):
-            fold_factor(graph, value.producer(), f"{edit.site}/scale_times_factor")
+            fold_factor(graph, value.producer(), f"{edit.name}/scale_times_factor")
     _tidy(model)
 
 

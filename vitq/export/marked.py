@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from vitq.core.errors import ExportError, InputError
+from vitq.core.errors import ExportError, InputError, VitqError
 from vitq.core.qmodel import QuantModel
 from vitq.quantizers.base import Quantizer
 from vitq.quantizers.common import AnyQuantizer
@@ -72,11 +72,12 @@ def to_marked(qmodel: QuantModel, example: Any) -> Any:
             )
             names: Any = {"input_names": ["images"], "output_names": ["output"]} if isinstance(example, Tensor) else {}
             exported: Any = torch.onnx.export(program, dynamo=True, opset_version=OPSET, verbose=False, **names)
+        except VitqError:
+            raise
         except Exception as error:  # torch raises errors of many kinds
-            first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise ExportError(
-                f"torch could not export this model for every batch size: {first.strip()}; does its forward depend on "
-                f"values, or on the number of images?"
+                f"torch could not export this model for every batch size: {_reason(error)}; does its forward depend on "
+                f"values, on the number of images, or use an operator that ONNX has not?"
             ) from error
     return exported.model
 
@@ -97,6 +98,13 @@ class _Mark:
             f"{DOMAIN}::Site", (x,), attributes, dtype=x.dtype, shape=x.shape, version=1
         )
         return marked
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what it began with: torch wraps errors into advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,13 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from vitq.core.errors import MissingExtraError
+from vitq.core.errors import ExportError, MissingExtraError
 
 WHOLE = frozenset({"MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QLinearMatMul", "QGemm"})
 WHOLE |= {"QLinearConv", "ConvInteger", "QAttention"}
 FLOAT = frozenset({"MatMul", "FusedMatMul", "Gemm", "FusedGemm", "MatMulNBits", "Conv", "FusedConv", "ConvTranspose"})
 FLOAT |= {"Attention", "MultiHeadAttention"}
-QUIET = 3  # errors only
+SILENT = 4  # what goes wrong is raised, too
 
 
 def need_packages() -> None:
@@ -42,25 +44,39 @@ class Session:
         data: the file's bytes.
         optimised: where to write the graph that it makes of it.
         plain: leave the graph as it is.
+
+    Raises:
+        ExportError: it cannot load or run the model.
     """
 
     def __init__(self, data: bytes, optimised: Path | None = None, *, plain: bool = False) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = QUIET
+        options.log_severity_level = SILENT
         options.intra_op_num_threads = torch.get_num_threads()
         if plain:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         if optimised is not None:
             options.optimized_model_filepath = str(optimised)
-        self.session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        with _told():
+            self.session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
         self.inputs = [given.name for given in self.session.get_inputs()]
         self.outputs = [given.name for given in self.session.get_outputs()]
 
     def run(self, feeds: dict[str, Any]) -> dict[str, Tensor]:
         """All outputs by name."""
-        return dict(zip(self.outputs, map(torch.from_numpy, self.session.run(None, feeds)), strict=True))
+        with _told():
+            found = self.session.run(None, feeds)
+        return dict(zip(self.outputs, map(torch.from_numpy, found), strict=True))
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # onnxruntime has many kinds, and no common one
+        raise ExportError(f"ONNX Runtime cannot run the exported model: {str(error).splitlines()[0]}") from error
 
 
 def feeds_of(session_inputs: list[str], batch: Any) -> dict[str, Any]:

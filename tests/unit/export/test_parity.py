@@ -111,6 +111,15 @@ def test_a_failed_export_leaves_the_old_file(small: Small, tmp_path: Any, monkey
     assert [file.name for file in tmp_path.iterdir()] == ["m.onnx"]
 
 
+def test_a_file_that_does_not_run_is_one_line(small: Small) -> None:
+    import onnx
+
+    model = onnx.load_from_string(small.data)
+    model.graph.node[-1].op_type = "NoSuchOperator"
+    with pytest.raises(ExportError, match="ONNX Runtime cannot run"):
+        check_parity(small.qmodel, model.SerializeToString(), small.images, "")
+
+
 def test_every_mark_of_a_site_says_whose_it_is(small: Small) -> None:
     import onnx
 
