@@ -9,7 +9,7 @@ from vitq.core.qmodel import QuantModel
 from vitq.core.roles import WEIGHT
 from vitq.export.edit import Editor
 from vitq.export.marked import DOMAIN, OPSET
-from vitq.export.place import fold_factor, take_gemms_apart, takes_whole_numbers
+from vitq.export.place import enters_float, fold_factor, takes_whole_numbers
 from vitq.export.sites import fits_bytes, put_activation
 from vitq.export.tables import Functions
 from vitq.export.weights import put_weight
@@ -35,14 +35,17 @@ PROFILES = {p.name: p for p in (Profile("ort", True), Profile("reference", False
 def lower_marks(model: Any, qmodel: QuantModel, profile: Profile) -> None:
     """Replace every mark, in place."""
     graph, functions = model.graph, Functions(model, OPSET)
-    if profile.pairs:
-        take_gemms_apart(graph)
     marks = [node for node in graph if node.domain == DOMAIN]
 
     def paired(node: Any) -> bool:
-        return profile.pairs and fits_bytes(qmodel.quantizers[node.attributes["site"].as_string()])
+        return (
+            profile.pairs
+            and fits_bytes(qmodel.quantizers[node.attributes["site"].as_string()])
+            and not enters_float(node)
+        )
 
-    wide = {node for node in marks if takes_whole_numbers(node, lambda value: paired(value.producer()))}
+    pairs = {node for node in marks if paired(node)}
+    wide = {node for node in marks if takes_whole_numbers(node, lambda value: value.producer() in pairs)}
     for node in marks:
         edit = Editor(graph, node)
         site, found = qmodel.graph.sites[edit.site], qmodel.quantizers[edit.site]
@@ -51,8 +54,8 @@ def lower_marks(model: Any, qmodel: QuantModel, profile: Profile) -> None:
         if weight is not None and quantizer is not None and node.inputs[0].is_initializer():
             put_weight(edit, quantizer, weight.detach(), node in wide)
             continue
-        value = put_activation(edit, qmodel.formats[edit.site].kind, quantizer, functions, paired(node))
-        if paired(node):
+        value = put_activation(edit, qmodel.formats[edit.site].kind, quantizer, functions, node in pairs)
+        if node in pairs:
             fold_factor(graph, value.producer(), f"{edit.name}/scale_times_factor")
     _tidy(model)
 

@@ -1,8 +1,8 @@
 """Products as a runtime wants them: whole numbers on both sides, and nothing between them and the product.
 
-ONNX Runtime multiplies whole numbers where both inputs of a MatMul come straight from a DequantizeLinear. So a linear
-that is a Gemm becomes a MatMul and a sum, a transposition moves in front of the QuantizeLinear, and a factor of the
-dequantized operand (the 1 / sqrt(d) of attention) becomes a part of its scale.
+ONNX Runtime multiplies whole numbers where both inputs of a MatMul come straight from a DequantizeLinear. So a
+transposition moves in front of the QuantizeLinear (edit.py), and a factor of the dequantized operand (the 1 / sqrt(d)
+of attention) becomes a part of its scale.
 """
 
 from __future__ import annotations
@@ -22,37 +22,26 @@ def is_mark(value: Any) -> bool:
     return node is not None and node.domain == DOMAIN
 
 
-def take_gemms_apart(graph: Any) -> None:
-    """Gemm(A, B, C) of sites as MatMul(A, B) + C, with B transposed before it where the Gemm did that."""
-    import onnx_ir as ir
+def enters_float(marked: Any) -> bool:
+    """Whether a convolution, or a product of two dimensions, reads a mark.
 
-    for node in list(graph):
-        if node.op_type != "Gemm" or not any(is_mark(value) for value in node.inputs[:2]):
-            continue
-        numbers = {name: node.attributes[name].value for name in ("alpha", "beta", "transA") if name in node.attributes}
-        if numbers.get("alpha", 1.0) != 1.0 or numbers.get("beta", 1.0) != 1.0 or numbers.get("transA", 0):
-            continue
-        left, right = node.inputs[:2]
-        made = []
-        if "transB" in node.attributes and node.attributes["transB"].value:
-            made.append(ir.node("Transpose", [right], {"perm": [1, 0]}, name=f"{node.name}_transpose"))
-            right = made[-1].outputs[0]
-        made.append(ir.node("MatMul", [left, right], name=f"{node.name}_matmul"))
-        if len(node.inputs) > 2 and node.inputs[2] is not None:
-            made.append(ir.node("Add", [made[-1].outputs[0], node.inputs[2]], name=f"{node.name}_add"))
-        for one in made:
-            one.outputs[0].name = one.name
-        result = made[-1].outputs[0]
-        result.shape, result.dtype = node.outputs[0].shape, node.outputs[0].dtype
-        graph.insert_before(node, made)
-        drop(graph, node, result)
+    ONNX Runtime has no kernel that takes bytes there and gives floats. Between a DequantizeLinear and a QuantizeLinear
+    it would round the weight once more, and the bias with it.
+    """
+    readers = [use.node for use in marked.outputs[0].uses()]
+    return any(
+        node.op_type in ("Gemm", "Conv", "ConvTranspose") or (node.op_type == "MatMul" and _ndim(node) < 3)
+        for node in readers
+    )
+
+
+def _ndim(node: Any) -> int:
+    shapes = [value.shape for value in (*node.inputs, *node.outputs)]
+    return max((len(shape) for shape in shapes if shape is not None), default=0)
 
 
 def takes_whole_numbers(marked: Any, fits: Callable[[Any], bool]) -> bool:
-    """Whether every product that a marked weight enters is a MatMul of more than two dimensions with a fitting mark.
-
-    One of two dimensions becomes a Gemm with its bias, which ONNX Runtime does in whole numbers only if the bias is
-    rounded, too.
+    """Whether every product that a marked weight enters is a MatMul with a mark on the left that fits.
 
     Args:
         fits: whether the codes of a mark can be taken as they are.
@@ -61,7 +50,7 @@ def takes_whole_numbers(marked: Any, fits: Callable[[Any], bool]) -> bool:
     ends = [node.outputs[0] for node in only_consumers(value, "Transpose")] or [value]
     products = [only_consumers(end, "MatMul") for end in ends]
     return all(products) and all(
-        len(node.inputs[0].shape) > 2 and node.inputs[1] is end and is_mark(node.inputs[0]) and fits(node.inputs[0])
+        node.inputs[1] is end and is_mark(node.inputs[0]) and fits(node.inputs[0])
         for end, nodes in zip(ends, products, strict=True)
         for node in nodes
     )
