@@ -23,6 +23,7 @@ ON_PHOTOS = (
     "ablation.py",
     "objectives.py",
     "growth.py",
+    "export.py",
     "training.py",
     "training_step.py",
 )

@@ -20,6 +20,7 @@ PUBLIC = [
     "Training",
     "VitqError",
     "__version__",
+    "export_onnx",
     "load",
     "modifier",
     "quantize",

@@ -3,6 +3,7 @@
 qmodel = vitq.quantize(model, "repq_vit", bits="w4a4", data=images)
 vitq.save(qmodel, "out/")
 qmodel = vitq.load("out/")
+vitq.export_onnx(qmodel, "model.onnx")
 """
 
 from vitq.artifact import load as load
@@ -18,4 +19,5 @@ from vitq.core.recipe import modifier as modifier
 from vitq.core.recipe import recipe as recipe
 from vitq.core.training import Training as Training
 from vitq.core.version import __version__ as __version__
+from vitq.export import export_onnx as export_onnx
 from vitq.pipeline import quantize as quantize

@@ -10,7 +10,8 @@ VitqError
 ├── SiteNotFoundError     a requested site does not exist in the model
 ├── NotFittedError        a quantizer was used before its scale was chosen
 ├── CompositionError      recipe, modifiers or passes do not fit together
-└── ArtifactError         a saved artifact that cannot be written or read
+├── ArtifactError         a saved artifact that cannot be written or read
+└── ExportError           a model that cannot be exported, or a file that computes something else
 """
 
 from __future__ import annotations
@@ -70,3 +71,7 @@ class CompositionError(VitqError):
 
 class ArtifactError(VitqError):
     """A saved artifact that cannot be written or read."""
+
+
+class ExportError(VitqError):
+    """A model that cannot be exported, or an exported file that computes something else."""

@@ -1,0 +1,90 @@
+"""vitq export: an artifact as a file for other runtimes, run there and compared before it is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vitq.artifact import load
+from vitq.cli import app as a
+from vitq.cli import work
+from vitq.cli.console import Say, check_outputs, command, write_json
+from vitq.core.errors import InputError, UnknownNameError
+from vitq.core.qmodel import QuantModel
+from vitq.data.images import open_images
+from vitq.data.preprocess import Preprocess
+from vitq.export.onnx import Exported, check_request, export_onnx
+from vitq.export.runtime import need_packages
+
+TARGETS = ("onnx",)
+FIRST = 3  # products in float that are named
+
+
+@a.app.command()
+@command
+def export(
+    target: Annotated[str, typer.Argument(metavar="DIR", help="An artifact.")],
+    out: Annotated[Path, typer.Option(help="The file to write, in a folder that exists.")],
+    to: Annotated[str, typer.Option(help="What kind of file: onnx.")] = "onnx",
+    profile: Annotated[
+        str,
+        typer.Option(
+            help="ort: whole numbers next to products, for ONNX Runtime. reference: standard operators in float32."
+        ),
+    ] = "ort",
+    data: Annotated[
+        str | None,
+        typer.Option(help=f"Images to compare on; labels are not needed. Random ones without. {a.DATA_HELP}"),
+    ] = None,
+    images: Annotated[int, typer.Option(min=1, help="How many of them, drawn by the seed 0.")] = 64,
+    trust_code: a.TrustCode = False,
+    json: a.Json = None,
+    quiet: a.Quiet = False,
+) -> None:
+    """Write an artifact as ONNX, and run the file in ONNX Runtime beside the simulated model before it counts.
+
+    Weights are 4- and 8-bit numbers in the file, the batch size is free. Where every site is given what the simulated
+    model has, 99.9 % of the codes must be equal and the rest off by one; then predictions are compared on the whole.
+    If that fails, the first site that differs is named, and a file that was there stays. What ONNX Runtime multiplies
+    in whole numbers is read from the graph that it makes of the file.
+
+        vitq export out/ --out model.onnx --data photos/
+
+        vitq export out/ --to onnx --profile reference --out model.onnx --json export.json
+    """
+    say = Say(quiet)
+    check_outputs(json)
+    if to not in TARGETS:
+        raise UnknownNameError("export target", to, TARGETS)
+    check_request(out, profile)
+    need_packages()
+    if not work.is_artifact(target):
+        raise InputError(f"{target} is no artifact: quantize or train a model first")
+    qmodel = load(target, trust_code=trust_code)
+    batch, described = _images(qmodel, target, data, images) if data is not None else (None, "")
+    say.note(f"exporting {target} for {profile}, then running the file")
+    made = export_onnx(qmodel, out, profile, data=batch, described=described)
+    _tell(made, say)
+    write_json(json, {"model": target, "to": to} | made.to_json())
+
+
+def _images(qmodel: QuantModel, target: str, data: str, count: int) -> tuple[Any, str]:
+    preprocess = work.need_preprocess(Preprocess.from_dict(qmodel.preprocess) if qmodel.preprocess else None, target)
+    found = open_images(data, labels="none")
+    found = found.sample(min(count, len(found)), seed=0)
+    return found.tensor(preprocess), f"{len(found)} images of {data}"
+
+
+def _tell(made: Exported, say: Say) -> None:
+    whole, rest = (sum(made.products[kind].values()) for kind in ("whole", "float"))
+    named = ", ".join(f"{count} {name}" for name, count in list(made.products["float"].items())[:FIRST])
+    say.result(f"{made.path}: {made.bytes / 1e6:.2f} MB, ONNX opset {made.opset}, profile {made.profile}")
+    say.result(
+        f"ONNX Runtime does {whole} of {whole + rest} matrix products in whole numbers, {rest} in float"
+        + (f" ({named})" if named else "")
+    )
+    for note in made.notes:
+        say.result(note)
+    say.result(str(made.parity))
