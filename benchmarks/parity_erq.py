@@ -274,10 +274,11 @@ def run(official: Official, shared: Shared, bits: str, count: int, steps: Steps)
     ours = vitq.quantize(loaded.model, "erq", bits, images)
     official.script.set_quant_state(model, input_quant=True, weight_quant=True)
     sides = {"official": final, "official_one_scale": model, "ours": ours, "float": loaded.model}
-    found = {
-        n: sum(int((predict(m, a) == b).sum()) for a, b in zip(x.split(50), labels.split(50), strict=True))
-        for n, m in sides.items()
-    }
+    with on_cpu():
+        found = {
+            n: sum(int((predict(m, a) == b).sum()) for a, b in zip(x.split(50), labels.split(50), strict=True))
+            for n, m in sides.items()
+        }
     rows.append({"part": "free run", "weight": ""} | {f"top1_{n}": 100 * hits / len(x) for n, hits in found.items()})
     steps.step(f"{bits}: free run on {len(x)} photos")
     return rows

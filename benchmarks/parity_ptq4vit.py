@@ -49,7 +49,7 @@ CHECKOUT = "git clone https://github.com/hahnyuan/PTQ4ViT && git -C PTQ4ViT chec
 BLOCK = "blocks.5"
 WORSE = 1.1  # largest ratio of our error to theirs
 EVERYTHING = {"rows": 0, "entries": 0, "per_entry": 0}
-KEY = ("model", "bits", "part", "what", "weights")
+KEY = ("model", "bits", "part", "what", "scales")
 
 
 @dataclass
@@ -189,7 +189,7 @@ def softmax_rows(official: Official, whole: Whole, bits: int) -> Iterator[dict[s
         yield {
             "part": "format",
             "what": f"softmax, split 2^-{shift}",
-            "weights": "",
+            "scales": "",
             "equal_share": text(float(equal.double().mean())),
             "compared_share": text(float(plain.double().mean())),
             "added_above": text(float(difference[high & plain].mean())),
@@ -207,7 +207,7 @@ def gelu_row(official: Official, whole: Whole, bits: int) -> dict[str, Any]:
     layer = official.layer(whole, bits, gelu=True, bias=None)
     layer.a_interval = ours.params()["scale"].reshape(1, 1)
     equal = layer.quant_input(x) == ours.decode(ours.encode(x))
-    return {"part": "format", "what": "gelu", "weights": "", "equal_share": text(float(equal.double().mean()))}
+    return {"part": "format", "what": "gelu", "scales": "", "equal_share": text(float(equal.double().mean()))}
 
 
 def searches(official: Official, whole: Whole, qmodel: QuantModel, bits: int) -> dict[str, Any]:
@@ -271,14 +271,14 @@ def main() -> int:
                 passed &= ratio <= WORSE
                 numbers = theirs | {"error": error, "ratio": ratio, "cpu_seconds": seconds}
                 numbers["time_ratio"] = seconds / theirs["official_cpu_seconds"]
-                row = {"bits": bits, "part": "search", "what": name, "weights": weights}
+                row = {"bits": bits, "part": "search", "what": name, "scales": weights}
                 rows.append(row | {key: text(value) for key, value in numbers.items()})
                 steps.step(f"{bits} {name}, {weights}: error {ratio:.3f}, time {numbers['time_ratio']:.3f} of theirs")
     append_rows(out / "parity_ptq4vit.csv", [{"model": MODEL} | row | where for row in rows], KEY)
     shares = [float(row["equal_share"]) for row in rows if row["part"] == "format"]
     print(f"formats: at least {min(shares):.4%} equal where they are comparable")
     for weights in ("tensor", "channel"):
-        found = [row for row in rows if row["part"] == "search" and row["weights"] == weights]
+        found = [row for row in rows if row["part"] == "search" and row["scales"] == weights]
         for key in ("ratio", "time_ratio"):
             values = [float(row[key]) for row in found]
             mean, largest = sum(values) / len(values), max(values)
