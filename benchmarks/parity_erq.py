@@ -41,7 +41,8 @@ import vitq
 from vitq.calibrate.moments import ErrorMoments
 from vitq.core.format import Bits, Format
 from vitq.data.images import open_images
-from vitq.passes.round.halves import RoundHalves, absorbed, halves
+from vitq.passes.round.absorb import absorbed
+from vitq.passes.round.halves import RoundHalves, halves
 from vitq.quantizers.base import Quantizer
 from vitq.quantizers.registry import build_quantizer
 from vitq.report.table import append_rows

@@ -76,12 +76,14 @@ class ErrorMoments:
         self.used, self.error = Moments(size, device), Moments(size, device, second=False)
         self.products = torch.zeros(size, size, dtype=torch.float64, device=device)
 
-    def add(self, exact: Tensor, used: Tensor) -> None:
-        """Take in rows, aligned."""
-        self.used.add(used)
-        error = exact - used
-        self.error.add(error)
-        for q, e in zip(used.detach().float().split(ROWS), error.detach().float().split(ROWS), strict=True):
+    def add(self, exact: Tensor, used: Tensor, weights: Tensor | None = None) -> None:
+        """Take in rows (n, d), aligned; `weights` as in `Moments`."""
+        self.used.add(used, weights)
+        error = (exact - used).detach().float()
+        self.error.add(error, weights)
+        if weights is not None:
+            error *= weights[:, None]
+        for q, e in zip(used.detach().float().split(ROWS), error.split(ROWS), strict=True):
             self.products += q.T @ e
 
     @property

@@ -7,6 +7,7 @@ Each part is somebody's, and differs from the original where the recipe that is 
   two ranges there (`ptq4vit`: arXiv 2111.12293);
 - every scale and base by the squared error of the product it is used in (`liu2021`: arXiv 2106.14156, `ptq4vit`: arXiv
   2111.12293), in two rounds over the operands;
+- weights that make up for what quantizing their inputs loses (`erq`: arXiv 2407.06794, Aqer; a third of its ridge);
 - codes of weights column by column, each making up for those before (`gptq`: ICLR 2023), and then the bias
   (`bias_correction`: arXiv 1906.04721), linear by linear on what the quantized model before gives. For both, tokens
   count by their gradients (calibrate/importance.py; the idea is GuidedQuant's, arXiv 2505.07004): a class token is one
@@ -49,6 +50,7 @@ def vitq_calib(
     rounds: int = 2,
     steps: int = 32,
     columns: bool = True,
+    absorb: float = 0.3,
     biases: bool = True,
     weighted: bool = True,
 ) -> Recipe:
@@ -64,13 +66,14 @@ def vitq_calib(
         rounds: over the operands of each product; 0 leaves scales as the first fit chose them.
         steps: ranges that are tried for each operand.
         columns: choose codes of weights column by column.
+        absorb: before that, weights make up for what quantizing their inputs loses: the ridge; 0 for not at all.
         biases: correct the biases.
         weighted: for codes of weights and for biases, tokens count by their gradients.
     """
     fit = PassSpec.of("fit", method="percentile_mse", weight_method="percentile_mse", flow="prefix")
     balanced = PassSpec.of("balance_channels", rows=128, method="minmax", flow="parallel")
     search = PassSpec.of("fit_products", objective=objective, rounds=max(rounds, 1), steps=steps)
-    columns_and_biases = PassSpec.of("round_columns", weighted=weighted, biases=biases)
+    columns_and_biases = PassSpec.of("round_columns", weighted=weighted, biases=biases, absorb=absorb)
     folded = (roles.QKV_IN, roles.FC1_IN, roles.MERGE_IN)
     per_channel = Format("uniform", act_bits, "channel")
     searched = "adaptive_log"

@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import vitq
+from vitq.calibrate.moments import ErrorMoments
 from vitq.calibrate.search import Search
 from vitq.core.errors import CompositionError, InputError
 from vitq.core.format import Bits, Format
 from vitq.core.recipe import PassSpec, Recipe, resolve_recipe
 from vitq.data.zoo import build_zoo, seeded_images
+from vitq.passes.round.absorb import absorbed
 from vitq.passes.round.columns import RoundColumns, choose
 from vitq.quantizers.base import Quantizer
 from vitq.quantizers.registry import build_quantizer
@@ -142,6 +144,42 @@ def test_values_that_no_code_has_are_refused() -> None:
 def test_a_damp_that_cannot_be_is_refused() -> None:
     with pytest.raises(CompositionError, match=r"damp 0\.0 must be in"):
         RoundColumns(damp=0.0)
+
+
+def test_a_ridge_that_cannot_be_is_refused() -> None:
+    with pytest.raises(CompositionError, match=r"absorb -0\.1 must not be negative"):
+        RoundColumns(absorb=-0.1)
+
+
+@pytest.mark.parametrize("model", ["seeded_vit", "seeded_swin"])
+def test_mechanism_weights_make_up_for_quantized_inputs(model: str) -> None:
+    """Switched off, the output of the model on other images is worse."""
+    images, others = seeded_images(32), seeded_images(64)[32:]
+    float_model, base = build_zoo(model), resolve_recipe("minmax", Bits(8, 3))
+    noise = []
+    for absorb in (0.3, 0.0):
+        recipe = Recipe("absorb", "none", base.formats, (*base.passes, PassSpec.of("round_columns", absorb=absorb)))
+        with torch.no_grad():
+            made = vitq.quantize(float_model, recipe, "w8a3", images)(others)
+            noise.append(float((made - float_model(others)).square().mean()))
+    assert noise[0] < 0.9 * noise[1]
+
+
+def test_what_is_absorbed_is_the_weighted_regression_of_what_inputs_lose() -> None:
+    draw = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(50, 6, generator=draw), torch.randn(3, 6, generator=draw)
+    q, count = (x * 2).round() / 2, torch.rand(50, generator=draw)
+    count = count / count.mean()
+    moments = ErrorMoments(6, torch.device("cpu"))
+    moments.add(x[:20], q[:20], count[:20])
+    moments.add(x[20:], q[20:], count[20:])
+    h = moments.used.matrix
+    found = absorbed(weight.double(), h, moments.matrix, 0.3)
+    # Rows that count double are there twice: by their roots, and the ridge as rows of its own.
+    root, ridge = count.double().sqrt()[:, None], (0.3 * 50 * h.diagonal().mean()).sqrt() * torch.eye(6)
+    rows = torch.cat([root * q, ridge.double()])
+    wanted = torch.cat([root * (x @ weight.T).double(), ridge.double() @ weight.T.double()])
+    torch.testing.assert_close(found.T, torch.linalg.lstsq(rows, wanted).solution, rtol=1e-5, atol=1e-6)
 
 
 def test_biases_on_the_way_mend_the_mean_output_as_a_correction_behind_it_does() -> None:

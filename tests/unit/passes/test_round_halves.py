@@ -19,7 +19,8 @@ from vitq.core.format import Bits, Format
 from vitq.core.qmodel import QuantModel
 from vitq.core.recipe import PassSpec, resolve_recipe
 from vitq.data.zoo import build_zoo, seeded_images
-from vitq.passes.round.halves import RoundHalves, absorbed, halves
+from vitq.passes.round.absorb import absorbed
+from vitq.passes.round.halves import RoundHalves, halves
 from vitq.quantizers.base import Quantizer
 from vitq.quantizers.registry import build_quantizer
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from vitq.calibrate.capture import watch_prefix
 from vitq.calibrate.importance import RowWeights, row_weights
 from vitq.calibrate.linears import Linear, as_used, linears, watchable
-from vitq.calibrate.moments import Moments
+from vitq.calibrate.moments import ErrorMoments, Moments
 from vitq.core.batches import Batches
 from vitq.core.errors import CompositionError, DataError
 from vitq.core.progress import Progress
@@ -25,6 +25,7 @@ from vitq.core.recipe import ACT_SCALES, PASSES, WEIGHT_SCALES, Pass
 from vitq.core.roles import WEIGHT
 from vitq.core.site import Site
 from vitq.passes.biases import Biases
+from vitq.passes.round.absorb import absorbed
 from vitq.quantizers.base import Params, Quantizer
 
 COLUMNS = 128  # are corrected one by one; those behind them once per so many
@@ -41,6 +42,8 @@ class RoundColumns(Pass):
         order: take columns in the order of falling diagonal of H ("activation order"), which costs nothing as scales
             are fixed before; False takes them as they stand.
         weighted: tokens count by their gradients (calibrate/importance.py), which takes a backward more.
+        absorb: weights first make up for what quantizing their own inputs loses (passes/round/absorb.py): the ridge, 0
+            for not at all. A head behind a class token, with few images, keeps its weights.
         biases: correct each bias (passes/biases.py) as soon as the codes are chosen: those behind are chosen
             on top of it, and no forward more on the quantized prefix is needed.
 
@@ -54,13 +57,23 @@ class RoundColumns(Pass):
     needs = frozenset({WEIGHT_SCALES, ACT_SCALES})
     cost = "one forward of the calibration images (about three with more than 32), and a factorisation per linear"
 
-    def __init__(self, damp: float = 0.3, order: bool = True, weighted: bool = False, biases: bool = False) -> None:
+    def __init__(
+        self,
+        damp: float = 0.3,
+        order: bool = True,
+        weighted: bool = False,
+        biases: bool = False,
+        absorb: float = 0.0,
+    ) -> None:
         if not 0 < damp <= 1:
             raise CompositionError(f"pass 'round_columns': damp {damp} must be in (0, 1]")
+        if absorb < 0:
+            raise CompositionError(f"pass 'round_columns': absorb {absorb} must not be negative")
         self.damp = damp
         self.order = order
         self.weighted = weighted
         self.biases = biases
+        self.absorb = absorb
         self.keeps_float_output = not biases
 
     def check(self, qmodel: QuantModel, data: Batches | None) -> None:
@@ -112,18 +125,28 @@ class _Rounding:
         assert isinstance(quantizer, Quantizer)
         self.weight: Tensor = weight.data
         self.quantizer: Quantizer = quantizer
-        self.moments: Moments = Moments(weight[0].numel(), weight.device)
+        size, device = weight[0].numel(), weight.device
+        self.lacking: ErrorMoments | None = ErrorMoments(size, device) if settings.absorb else None
+        self.moments: Moments = self.lacking.used if self.lacking else Moments(size, device)
 
     def observe(self, x: Tensor, images: int) -> Tensor:
-        used = as_used(self.qmodel.quantizers[self.linear.input], x)
-        rows = self.linear.rows(self.qmodel.model, used)
-        self.moments.add(rows, self.weights.of(rows))
+        model, used = self.qmodel.model, as_used(self.qmodel.quantizers[self.linear.input], x)
+        rows = self.linear.rows(model, used)
+        weights = self.weights.of(rows)
+        if self.lacking is None:
+            self.moments.add(rows, weights)
+        else:
+            self.lacking.add(self.linear.rows(model, x), rows, weights)
         return used
 
     def finish(self) -> None:
         if self.moments.count >= self.moments.total.numel():
             damp, order = self.settings.damp, self.settings.order
-            values, gain = choose(self.weight.float(), self.moments.matrix, self.quantizer, damp, order=order)
+            h, aim = self.moments.matrix, self.weight.float()
+            if self.lacking is not None:
+                wide = absorbed(aim.flatten(1).double(), h, self.lacking.matrix, self.settings.absorb)
+                aim = wide.float().reshape(aim.shape)
+            values, gain = choose(aim, h, self.quantizer, damp, order=order)
             self.quantizer.round_to(values.to(self.weight.dtype))
             self.gains.append(gain)
         if self.biases is not None:

@@ -29,13 +29,13 @@ from vitq.core.progress import Progress
 from vitq.core.qmodel import QuantModel
 from vitq.core.recipe import ACT_SCALES, PASSES, WEIGHT_SCALES, Pass
 from vitq.core.roles import WEIGHT
+from vitq.passes.round.absorb import absorbed, strength
 from vitq.passes.round.columns import better_rows, per_weight
 from vitq.passes.shift_bias import ShiftBiasRewrite, add_to_bias
 from vitq.quantizers.base import Params, Quantizer
 
 FLOWS = ("parallel", "prefix")
 ROWS = 2  # per input, at least: with fewer, the regression fits the images and not the linear
-SMALLEST = 1e-30  # of a mean diagonal: inputs that are all zero
 
 
 @PASSES.register("round_halves")
@@ -169,18 +169,6 @@ class _Rounding:
                 add_to_bias(self.qmodel.model, module, self.done.shifts[module])
 
 
-def absorbed(w: Tensor, h: Tensor, cross: Tensor, ridge: float) -> Tensor:
-    """(out, in) weights that do on quantized inputs what w does on exact ones.
-
-    Args:
-        w: (out, in) float64.
-        h: (in, in) moments of the quantized inputs q.
-        cross: (in, in) moments of q and what they lack.
-    """
-    change: Tensor = torch.linalg.solve(h + ridge * _strength(h), cross @ w.T)
-    return w + change.T
-
-
 def halves(
     w: Tensor, h: Tensor, quantizer: Quantizer, damp: float, *, flips: int, compensate: bool = True
 ) -> tuple[Tensor, float]:
@@ -193,7 +181,7 @@ def halves(
     """
     nearest = quantizer.decode(quantizer.encode(w)).flatten(1)
     params = {name: per_weight(quantizer, value, w).flatten(1) for name, value in quantizer.params().items()}
-    h = h + damp * _strength(h)
+    h = h + damp * strength(h)
     aim, chosen = w.flatten(1).double(), nearest.clone()
     start, size = 0, len(h)
     while start < size:
@@ -235,11 +223,6 @@ def _refined(w: Tensor, quantizer: Quantizer, params: Params, metric: Tensor, fl
         step[rows, best] *= -1
         flipped[rows, best] ^= True
     return torch.where(flipped, other, nearest)
-
-
-def _strength(h: Tensor) -> Tensor:
-    """The identity times the mean of the diagonal."""
-    return torch.eye(len(h)).to(h).mul_(h.diagonal().mean().clamp(min=SMALLEST))
 
 
 def _zeros(model: nn.Module, module: str) -> Tensor:
