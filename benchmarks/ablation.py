@@ -38,7 +38,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "rounds=1 steps=16": {"rounds": 1, "steps": 16},
     "objective=hessian": {"objective": "hessian"},
     "columns=False": {"columns": False},
-    "absorb=0": {"absorb": 0.0},
+    "absorb=0.3": {"absorb": 0.3},
     "biases=False": {"biases": False},
     "weighted=False": {"weighted": False},
 }

@@ -122,14 +122,14 @@ def ablation(folder: Path) -> str | None:
             "divergence": f"{float(row['logit_kl']):.3f}",
             "minus that as it is": _difference(row, *_named("kl_minus_whole")),
             "cost, in float forwards": f"{float(row['forwards']):.0f}",
+            "commit": row["commit"],
         }
         for row in rows
     ]
-    first, several = rows[0], {key: ", ".join(sorted({row[key] for row in rows})) for key in ("calibration", "commit")}
+    first, lists = rows[0], ", ".join(sorted({row["calibration"] for row in rows}))
     return (
         f"{markdown_table(table, list(table[0]))}\n\n{first['weights']}, {first['kind']}, float "
-        f"{float(first['top1_float']):.1f} %; {first['evaluation']}; calibrated on {several['calibration']}; 95 % "
-        f"intervals over images; commit {several['commit']}."
+        f"{float(first['top1_float']):.1f} %; {first['evaluation']}; calibrated on {lists}; 95 % intervals over images."
     )
 
 
