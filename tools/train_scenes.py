@@ -1,11 +1,11 @@
-"""Train the detector and the segmenter of procedural scenes, and measure them on scenes that they have not seen.
+"""Train the detector and the segmenter of procedural scenes and write them into the package.
 
-    python tools/train_scenes.py maskrcnn --out FOLDER [--data FOLDER of Fashion-MNIST's idx .gz files]
-    python tools/train_scenes.py segformer --out FOLDER
+    python tools/train_scenes.py maskrcnn|segformer [--data FOLDER of Fashion-MNIST's idx .gz files]
 
-Items of training scenes are those of the official training set, or without --data the 300 that come with vitq; those of
-test scenes are the embedded test images. Scenes are made anew for every step: none is seen twice. `--quick` takes two
-small steps, which shows that everything runs. An epoch is 1,000 scenes; the script prints how long one took.
+Items of training scenes are those that the models of Fashion-MNIST are trained on (tools/train_zoo.py); those of test
+scenes are the embedded test images, looked at once, at the end. Scenes are made anew for every step: none is seen
+twice. Interrupted, it goes on from the last whole epoch of 1,000 scenes. `--quick` takes two small steps, which shows
+that everything runs.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from vitq.core.files import write_text
 from vitq.data.coco import open_coco
 from vitq.data.native import PhotoInput, photo_input
 from vitq.data.semantic import open_semantic
@@ -35,13 +35,13 @@ from vitq.evaluate.finders import Finder, Segmenter, category_ids
 from vitq.evaluate.segment import evaluate_segmenters
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from train_zoo import read_idx, say
+from train_zoo import FILES, ROOT, clock, find_data, rate_at, replace, say, split, write_model
 
 EPOCH = 1000  # scenes
 BATCH = 8
-RATES = {"maskrcnn": 4e-4, "segformer": 6e-4}
+RATES = {"maskrcnn": 1.2e-3, "segformer": 1.2e-3}
 BUILD = {"maskrcnn": scene_maskrcnn, "segformer": scene_segformer}
-WARMUP = 0.05  # share of the steps
+EPOCHS = {"maskrcnn": 60, "segformer": 40}
 DECAY = 0.05
 TEST_SCENES = 200
 TEST_SEED = 1_000_003
@@ -72,22 +72,23 @@ def segmentation_loss(model: nn.Module, scenes: list[Scene], inputs: PhotoInput)
     return F.cross_entropy(logits, classes)
 
 
-def rate_at(step: int, steps: int, rate: float) -> float:
-    """Linear warm-up, then half a cosine."""
-    start = max(1, round(WARMUP * steps))
-    if step < start:
-        return rate * (step + 1) / start
-    return float(rate * 0.5 * (1 + np.cos(np.pi * (step - start) / max(1, steps - start))))
-
-
-def train(name: str, items: Any, steps: int, batch: int, seed: int) -> nn.Module:
-    """The trained model, in eval mode."""
+def train(name: str, items: Any, steps: int, batch: int, seed: int, path: Path) -> nn.Module:
+    """The trained model, in eval mode. A checkpoint after each epoch makes a second start go on there."""
     torch.manual_seed(seed)
     model, scenes, loss_of = BUILD[name](), Scenes(items, seed), LOSSES[name]
     inputs = prepared(model)
     optimizer = torch.optim.AdamW(model.parameters(), RATES[name], weight_decay=DECAY)
+    run, first, every = {"steps": steps, "batch": batch, "seed": seed}, 0, max(1, EPOCH // batch)
+    if path.is_file():
+        state = torch.load(path, weights_only=True)
+        if state["run"] == run:
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            first = state["step"]
+            say(f"{name}: going on after step {first}")
     start, total = time.perf_counter(), 0.0
-    for step in range(steps):
+    for step in range(first, steps):
+        torch.manual_seed(seed + step)  # which regions are looked at; so that a second start draws the same
         for group in optimizer.param_groups:
             group["lr"] = rate_at(step, steps, RATES[name])
         drawn = [scenes[step * batch + number] for number in range(batch)]
@@ -97,10 +98,12 @@ def train(name: str, items: Any, steps: int, batch: int, seed: int) -> nn.Module
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         total += float(loss.detach())
-        every = max(1, EPOCH // batch)
         if (step + 1) % every == 0 or step + 1 == steps:
-            seconds = (time.perf_counter() - start) / (step + 1) * every
-            say(f"step {step + 1} of {steps}: loss {total / (step + 1):.3f}, {seconds:.0f} s an epoch")
+            left = (time.perf_counter() - start) / (step + 1 - first) * (steps - step - 1)
+            say(f"{name} step {step + 1} of {steps}: loss {total / every:.3f}, {clock(left)} left")
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1, "run": run}
+            replace(path, lambda temporary, state=state: torch.save(state, temporary))  # type: ignore[misc]
+            total = 0.0
     return model.eval()
 
 
@@ -134,28 +137,29 @@ LOSSES = {"maskrcnn": detection_loss, "segformer": segmentation_loss}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=sorted(BUILD))
-    parser.add_argument("--out", type=Path, required=True, help="folder for weights and what they reach")
-    parser.add_argument("--data", type=Path, help="folder with Fashion-MNIST's train-*.gz")
-    parser.add_argument("--epochs", type=float, default=20)
+    parser.add_argument("--out", type=Path, default=FILES, help="folder to write to (default: that of the package)")
+    parser.add_argument("--checkpoints", type=Path, default=ROOT / "out" / "zoo", help="folder for epoch checkpoints")
+    parser.add_argument("--data", type=Path, help="folder with the four idx .gz files of Fashion-MNIST")
+    parser.add_argument("--epochs", type=float, help="of 1,000 scenes")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="two steps of two scenes, measured on four")
+    parser.add_argument("--quick", action="store_true", help="two steps of two scenes of 300 items, measured on four")
     given = parser.parse_args()
     items: Any = "fashion_calib"
-    if given.data is not None:
-        items = tuple(
-            read_idx(given.data / f"train-{part}.gz").numpy() for part in ("images-idx3-ubyte", "labels-idx1-ubyte")
-        )
+    if not given.quick:
+        with tempfile.TemporaryDirectory(prefix="vitq-zoo-") as scratch:
+            parts = split(find_data(given.data, Path(scratch)))
+        items = parts["train"].pixels.numpy(), parts["train"].labels.numpy()
     batch = 2 if given.quick else BATCH
-    steps = 2 if given.quick else round(given.epochs * EPOCH / BATCH)
-    model = train(given.model, items, steps, batch, given.seed)
-    half = {key: value.half().contiguous() if value.is_floating_point() else value for key, value in
-            model.state_dict().items()}  # fmt: skip
-    model.load_state_dict({key: value.float() if value.is_floating_point() else value for key, value in half.items()})
-    told = measured(given.model, model, 4 if given.quick else TEST_SCENES) | {"steps": steps, "seed": given.seed}
-    given.out.mkdir(parents=True, exist_ok=True)
-    save_file(half, given.out / f"scenes_{given.model}.safetensors")
-    (given.out / f"scenes_{given.model}.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-    say(json.dumps({key: value for key, value in told.items() if key != "iou"}))
+    epochs = given.epochs or EPOCHS[given.model]
+    steps = 2 if given.quick else round(epochs * EPOCH / BATCH)
+    name = f"scenes_{given.model}"
+    path = given.checkpoints / f"{name}{'_quick' if given.quick else ''}.pt"
+    model = write_model(given.out, name, train(given.model, items, steps, batch, given.seed, path))
+    told = measured(given.model, model, 4 if given.quick else TEST_SCENES)
+    result = {"model": name, "scenes": steps * batch, "seed": given.seed, "test_scenes": told["images"]}
+    result |= {f"test_{key}": round(told[key], 2) for key in ("box_ap", "mask_ap", "miou") if key in told}
+    write_text(given.out / f"{name}.json", json.dumps(result, indent=1) + "\n")
+    say(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -350,10 +350,10 @@ def write_images(folder: Path, part: str, images: Images) -> None:
 
 def write_model(folder: Path, name: str, model: nn.Module) -> nn.Module:
     """Write float16 weights, and give the model with these weights back."""
-    rounded = {key: value.half().contiguous() for key, value in model.state_dict().items()}
+    rounded = {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in model.state_dict().items()}
     path = folder / f"{name}.safetensors"
     replace(path, lambda temporary: save_file(rounded, temporary))
-    model.load_state_dict({key: value.float() for key, value in load_file(path).items()})
+    model.load_state_dict(load_file(path))  # which copies into float32
     return model.eval()
 
 

@@ -149,14 +149,31 @@ def check_outputs(*paths: Path | None) -> None:
             continue
         if path.is_dir():
             raise InputError(f"{path} is a folder; name a file")
-        here = Path(os.path.realpath(path))
-        parent = next(p for p in here.parents if p.exists())
-        try:
-            handle, name = tempfile.mkstemp(prefix=".vitq.", dir=parent)
-            os.close(handle)
-            os.unlink(name)
-        except OSError as error:
-            raise InputError(f"{path} cannot be written: {error.strerror or error}; choose another file") from error
+        _check_place(path, "file")
+
+
+def check_folder(path: Path | None) -> None:
+    """Refuse a folder to write into that is a file, or cannot be made or written to.
+
+    Raises:
+        InputError: why.
+    """
+    if path is None:
+        return
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path} is a file; name a folder")
+    _check_place(path / "one", "folder")
+
+
+def _check_place(path: Path, what: str) -> None:
+    here = Path(os.path.realpath(path))
+    parent = next(p for p in here.parents if p.exists())
+    try:
+        handle, name = tempfile.mkstemp(prefix=".vitq.", dir=parent)
+        os.close(handle)
+        os.unlink(name)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror or error}; choose another {what}") from error
 
 
 def write_json(path: Path | None, data: Mapping[str, Any]) -> None:

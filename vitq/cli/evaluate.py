@@ -12,7 +12,7 @@ from torch import nn
 from vitq.artifact import load
 from vitq.cli import app as a
 from vitq.cli import tasks, work
-from vitq.cli.console import Say, check_outputs, command, write_json
+from vitq.cli.console import Say, check_folder, check_outputs, command, write_json
 from vitq.cli.quantize import evaluate as evaluate_both
 from vitq.cli.recipes import parse_options, recipe_of
 from vitq.core.errors import DataError, InputError, UnknownNameError
@@ -38,12 +38,10 @@ def open_target(
         loaded = work.open_model(target, checkpoint, device, say)
         return loaded.model, None, work.need_preprocess(loaded.preprocess, target), loaded.num_classes
     qmodel = load(target, trust_code=trust_code).to(device)
-    if "form" in (qmodel.preprocess or {}):
-        raise InputError(f"{target} takes photos at their own sizes: say what it does with --task detect or segment")
-    preprocess = Preprocess.from_dict(qmodel.preprocess) if qmodel.preprocess else None
+    preprocess = work.preprocess_of(qmodel, target)
     float_model = float_of(qmodel, checkpoint, trust_code, say).to(device) if checkpoint else None
     classes = (qmodel.source or {}).get("num_classes")
-    return qmodel, float_model, work.need_preprocess(preprocess, target), classes if isinstance(classes, int) else None
+    return qmodel, float_model, preprocess, classes if isinstance(classes, int) else None
 
 
 def float_of(qmodel: QuantModel, checkpoint: Path | None, trust_code: bool, say: Say) -> nn.Module:
@@ -120,6 +118,7 @@ def evaluate(
     """
     say = Say(quiet)
     check_outputs(predictions, json)
+    check_folder(draw)
     where = work.choose_device(device)
     if task not in tasks.TASKS:
         raise UnknownNameError("task", task, tasks.TASKS)
@@ -242,9 +241,7 @@ def diagnose(
     chosen.check()
     if work.is_artifact(target):
         frozen = load(target, trust_code=trust_code)
-        preprocess = work.need_preprocess(
-            Preprocess.from_dict(frozen.preprocess) if frozen.preprocess else None, target
-        )
+        preprocess = work.preprocess_of(frozen, target)
         qmodel = load(target, float_model=float_of(frozen, checkpoint, trust_code, say)).to(where)
     else:
         if calib is None:

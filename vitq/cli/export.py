@@ -14,7 +14,6 @@ from vitq.cli.console import Say, check_outputs, command, write_json
 from vitq.core.errors import InputError, UnknownNameError
 from vitq.core.qmodel import QuantModel
 from vitq.data.images import open_images
-from vitq.data.preprocess import Preprocess
 from vitq.export.onnx import Exported, check_request, export_onnx
 from vitq.export.runtime import need_packages
 
@@ -71,7 +70,7 @@ def export(
 
 
 def _images(qmodel: QuantModel, target: str, data: str, count: int) -> tuple[Any, str]:
-    preprocess = work.need_preprocess(Preprocess.from_dict(qmodel.preprocess) if qmodel.preprocess else None, target)
+    preprocess = work.preprocess_of(qmodel, target)
     found = open_images(data, labels="none")
     found = found.sample(min(count, len(found)), seed=0)
     return found.tensor(preprocess), f"{len(found)} images of {data}"

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vitq.artifact import load
 from vitq.cli import work
@@ -20,14 +20,16 @@ from vitq.data.images import ImageSet
 from vitq.data.native import PhotoInput, photo_input
 from vitq.data.semantic import SemanticSet, open_semantic
 from vitq.evaluate import detect, segment
+from vitq.evaluate.detections import Detections
 from vitq.evaluate.draw import draw_classes, draw_detections, save_beside
-from vitq.evaluate.finders import Finder, Segmenter, category_ids
+from vitq.evaluate.finders import Answer, Finder, Photos, Segmenter, category_ids
 from vitq.evaluate.output_fidelity import OutputFidelity, found_again
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 TASKS = ("classify", "detect", "instances", "segment")
+Readers: TypeAlias = "dict[str, Callable[[Image], Answer]]"  # by the model's name
 DRAWN = 16  # photos that --draw draws
 FLOAT, QUANTIZED = "float", "quantized"
 
@@ -137,11 +139,11 @@ def _detects(asked: Asked, opened: Opened, data: CocoSet, say: Say) -> dict[str,
     masks = asked.task == "instances"
     ids = category_ids(next(iter(opened.models.values())), data.categories)
     finders = {n: Finder(m, opened.inputs, asked.device, ids, masks) for n, m in opened.models.items()}
-    both: dict[str, Callable[[Image], Any]] = dict(finders)
+    both: Readers[Detections] = dict(finders)
     close = OutputFidelity() if asked.fidelity else None
+    if close is not None:
+        both = _shared(finders[FLOAT], finders[QUANTIZED], close)
     with say.counted("evaluating " + " and ".join(finders), len(data)) as tell:
-        if close is not None:
-            both = _shared(finders[FLOAT], finders[QUANTIZED], close)
         found = detect.evaluate_detectors(both, data, masks=masks, on_image=tell)
     last = found[QUANTIZED] if QUANTIZED in found else found[FLOAT]
     told = detect.pair_json(last, found[FLOAT]) if len(found) > 1 else last.to_json()
@@ -160,31 +162,34 @@ def _detects(asked: Asked, opened: Opened, data: CocoSet, say: Say) -> dict[str,
     return told
 
 
-def _shared(reference: Finder, quantized: Finder, close: OutputFidelity) -> dict[str, Callable[[Image], Any]]:
-    """Both finders from one run of each model, which is compared on the way."""
+def _shared(reference: Photos[Answer], quantized: Photos[Answer], close: OutputFidelity) -> Readers[Answer]:
+    """Both models' answers from one run of each, which is compared on the way."""
     outputs: list[Any] = []
 
-    def first(image: Image) -> Any:
+    def first(image: Image) -> Answer:
         outputs[:] = close.outputs(reference, quantized, image)
-        return reference.detections(outputs[0], image.size)
+        return reference.read(outputs[0], image.size)
 
-    return {FLOAT: first, QUANTIZED: lambda image: quantized.detections(outputs[1], image.size)}
+    return {FLOAT: first, QUANTIZED: lambda image: quantized.read(outputs[1], image.size)}
 
 
 def _segments(asked: Asked, opened: Opened, data: SemanticSet, say: Say) -> dict[str, Any]:
     models = {name: Segmenter(model, opened.inputs, asked.device) for name, model in opened.models.items()}
     classes = len(Segmenter.logits(next(iter(models.values())).run(data.files.photo(0))))
     close = OutputFidelity() if asked.fidelity else None
+    both: Readers[Tensor] = dict(models)
+    if close is not None:
+        both = _shared(models[FLOAT], models[QUANTIZED], close)
+    first: dict[str, list[Tensor]] = {name: [] for name in both}
+    if asked.draw is not None:
+        both = {name: _keeping(read, first[name]) for name, read in both.items()}
     with say.counted("evaluating " + " and ".join(models), len(data)) as tell:
-        found = segment.evaluate_segmenters(dict(models), data, classes, on_image=tell)
-    some = range(min(DRAWN, len(data)) if asked.draw is not None else 0)
-    for position in range(len(data)) if close is not None else some:
+        found = segment.evaluate_segmenters(both, data, classes, on_image=tell)
+    for position, drawn in enumerate(zip(*first.values(), strict=True)):
+        assert asked.draw is not None
         image = data.files.photo(position)
-        if close is not None:
-            close.outputs(models[FLOAT], models[QUANTIZED], image)
-        if asked.draw is not None and position in some:
-            drawn = {name: draw_classes(image, model(image)) for name, model in models.items()}
-            save_beside(asked.draw / f"{Path(data.files.ids[position]).stem}.png", drawn)
+        pictures = {name: draw_classes(image, each) for name, each in zip(first, drawn, strict=True)}
+        save_beside(asked.draw / f"{Path(data.files.ids[position]).stem}.png", pictures)
     last = found[QUANTIZED] if QUANTIZED in found else found[FLOAT]
     told = segment.pair_json(last, found[FLOAT]) if len(found) > 1 else last.to_json()
     if close is not None:
@@ -192,6 +197,18 @@ def _segments(asked: Asked, opened: Opened, data: SemanticSet, say: Say) -> dict
         say.table(told["fidelity"]["outputs"], title="signal to noise of outputs, dB")
     say.result(f"{asked.target} ({_kind(opened)}): " + _line(told, "miou", "mIoU", "difference"))
     return told
+
+
+def _keeping(read: Callable[[Image], Tensor], first: list[Tensor]) -> Callable[[Image], Tensor]:
+    """The same, with the answers for the first DRAWN photos kept."""
+
+    def kept(image: Image) -> Tensor:
+        classes = read(image)
+        if len(first) < DRAWN:
+            first.append(classes.cpu())
+        return classes
+
+    return kept
 
 
 def _kind(opened: Opened) -> str:

@@ -15,7 +15,6 @@ from vitq.cli.evaluate import float_of, without_calibration
 from vitq.core.errors import DataError, InputError
 from vitq.data.folder import check_same_classes
 from vitq.data.images import ImageSet, without_overlap
-from vitq.data.preprocess import Preprocess
 from vitq.evaluate.transfer import check
 from vitq.evaluate.transfer import transfer as read_features
 
@@ -55,7 +54,7 @@ def transfer(
         raise InputError(f"{target} is no artifact: quantize or train a model first")
     where = work.choose_device(device)
     qmodel = load(target, trust_code=trust_code).to(where)
-    preprocess = work.need_preprocess(Preprocess.from_dict(qmodel.preprocess) if qmodel.preprocess else None, target)
+    preprocess = work.preprocess_of(qmodel, target)
     train_images = without_calibration(qmodel, work.labelled(data, None, skip_bad), data, say)
     if test is None:
         train_images, test_images = set_apart(train_images, seed)

@@ -66,6 +66,21 @@ def need_preprocess(preprocess: Preprocess | None, spec: str) -> Preprocess:
     return preprocess
 
 
+def preprocess_of(qmodel: QuantModel, target: str) -> Preprocess:
+    """How an artifact's images are prepared.
+
+    Raises:
+        InputError: it is not known, or the artifact takes photos at their own sizes.
+    """
+    stored = qmodel.preprocess or {}
+    if "form" in stored:
+        raise InputError(
+            f"{target} takes photos at their own sizes, as detectors and segmenters do: use vitq evaluate with --task "
+            f"detect, instances or segment; other commands cannot feed it yet"
+        )
+    return need_preprocess(Preprocess.from_dict(stored) if stored else None, target)
+
+
 def calibration(
     data: str, size: int, seed: int, preprocess: Preprocess, device: torch.device, skip_bad: bool, say: Say
 ) -> tuple[Batches, ImageSet]:

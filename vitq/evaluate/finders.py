@@ -10,8 +10,9 @@ Formula: torchvision   lists of boxes, labels from 1, scores, masks of probabili
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +30,11 @@ if TYPE_CHECKING:
 ENLARGED = 2**24  # values of one piece of enlarged logits
 
 
-class Photos:
-    """A model that is run on photos, in evaluation mode and without gradients."""
+Answer = TypeVar("Answer")
+
+
+class Photos(ABC, Generic[Answer]):
+    """A model that is run on photos, in evaluation mode and without gradients, and read."""
 
     def __init__(self, model: nn.Module, inputs: PhotoInput, device: torch.device) -> None:
         self.model, self.inputs, self.device = model.eval(), inputs, device
@@ -40,9 +44,16 @@ class Photos:
         """What the model returns."""
         return default_forward(self.model, moved(self.inputs(image), self.device))
 
+    @abstractmethod
+    def read(self, out: Any, size: tuple[int, int]) -> Answer:
+        """What an output says about a photo of this width and height."""
 
-class Finder(Photos):
-    """Detections of a photo.
+    def __call__(self, image: Image) -> Answer:
+        return self.read(self.run(image), image.size)
+
+
+class Finder(Photos[Detections]):
+    """Detections of a photo: category ids in place of classes, boxes in its pixels.
 
     Args:
         ids: category id of each of the model's classes, -1 for one that the data do not have: it is not counted.
@@ -58,12 +69,7 @@ class Finder(Photos):
         super().__init__(model, inputs, device)
         self.ids, self.masks = torch.tensor(ids), masks
 
-    def __call__(self, image: Image) -> Detections:
-        """Category ids in place of classes, boxes in pixels of the photo."""
-        return self.detections(self.run(image), image.size)
-
-    def detections(self, out: Any, size: tuple[int, int]) -> Detections:
-        """What an output says about a photo of this width and height."""
+    def read(self, out: Any, size: tuple[int, int]) -> Detections:
         if isinstance(out, list) and out and {"boxes", "labels", "scores"} <= set(out[0]):
             found = {key: value.detach().cpu() for key, value in out[0].items()}
             classes = found["labels"] - 1
@@ -96,11 +102,11 @@ class Finder(Photos):
         return torch.cat([centre - half, centre + half], 1) * torch.tensor([*size, *size]), scores, classes
 
 
-class Segmenter(Photos):
+class Segmenter(Photos[Tensor]):
     """The class of each pixel of a photo, (H, W)."""
 
-    def __call__(self, image: Image) -> Tensor:
-        return largest(self.logits(self.run(image)), (image.height, image.width))
+    def read(self, out: Any, size: tuple[int, int]) -> Tensor:
+        return largest(self.logits(out), (size[1], size[0]))
 
     @staticmethod
     def logits(out: Any) -> Tensor:

@@ -38,7 +38,7 @@ class OutputFidelity:
         self._powers: dict[str, Power] = {}
 
     @torch.no_grad()
-    def outputs(self, reference: Photos, quantized: Photos, image: Any) -> tuple[Any, Any]:
+    def outputs(self, reference: Photos[Any], quantized: Photos[Any], image: Any) -> tuple[Any, Any]:
         """Run both on a photo, compare, and give back what each returned."""
         made = []
         for photos in (reference, quantized):

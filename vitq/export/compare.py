@@ -72,13 +72,21 @@ def _seen_by(qmodel: QuantModel, look: Any) -> Iterator[None]:
             quantizer.observer = None
 
 
-def steps_apart(at: AtSite, got: Tensor) -> Tensor:
-    """Levels between each value of a file and the simulated one; FAR for what is no value of the format."""
-    if not isinstance(at.quantizer, Quantizer):
-        near = (got - at.values).abs() <= SAME * at.values.abs().max()
-        return torch.where(near, 0, FAR)
-    ranks = _Ranks(at.quantizer)
-    return (ranks.of(got) - ranks.of(at.values)).abs().clamp(max=FAR)
+class Steps:
+    """How far values of a file are from the simulated ones. Levels of a quantizer are listed once."""
+
+    def __init__(self) -> None:
+        self._ranks: dict[Quantizer, _Ranks] = {}
+
+    def apart(self, at: AtSite, got: Tensor) -> Tensor:
+        """Levels between each pair of values; FAR for what is no value of the format."""
+        if not isinstance(at.quantizer, Quantizer):
+            near = (got - at.values).abs() <= SAME * at.values.abs().max()
+            return torch.where(near, 0, FAR)
+        if at.quantizer not in self._ranks:
+            self._ranks[at.quantizer] = _Ranks(at.quantizer)
+        ranks = self._ranks[at.quantizer]
+        return (ranks.of(got) - ranks.of(at.values)).abs().clamp(max=FAR)
 
 
 class _Ranks:

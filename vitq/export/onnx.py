@@ -120,7 +120,7 @@ def check_model(qmodel: QuantModel) -> None:
     """Refuse a model that has no integer form.
 
     Raises:
-        InputError: it is not float32, or a site's format does not fit its bits.
+        InputError: it is not float32, takes a list of images, or a site's format does not fit its bits.
         ExportError: not frozen.
     """
     if not qmodel.frozen:
@@ -128,6 +128,11 @@ def check_model(qmodel: QuantModel) -> None:
     other = {str(p.dtype) for p in qmodel.parameters() if p.is_floating_point()} - {"torch.float32"}
     if other:
         raise InputError(f"export takes float32 models, this one has {', '.join(sorted(other))}; export model.float()")
+    if isinstance(qmodel.example, dict) and "list" in qmodel.example:
+        raise InputError(
+            "this model takes a list of images of their own sizes, as torchvision's detectors do; one tensor of a free "
+            "batch size is what is exported. Quantize and export its backbone as a model by itself"
+        )
     for site in qmodel.sites():
         quantizer = qmodel.quantizers[site]
         if not isinstance(quantizer, DynamicQuantizer) and not quantizer.exportable:

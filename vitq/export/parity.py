@@ -12,18 +12,19 @@ SURE). Noise on images alone is no measure of other kernels where the network's 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from vitq.core.batches import default_forward, leading_size, split
+from vitq.core.batches import default_forward, split
 from vitq.core.errors import ExportError
 from vitq.core.qmodel import QuantModel
-from vitq.export.compare import AtSite, disturbed, simulated, steps_apart
+from vitq.export.compare import AtSite, Steps, disturbed, simulated
 from vitq.export.edit import CODE, WEIGHT
 from vitq.export.forced import GIVEN, Shown, shown_values, weights_alone, with_given_sites
 from vitq.export.runtime import Session, feeds_of
@@ -33,8 +34,8 @@ OUTPUT = 1e-4  # of the largest output, where everything before the last product
 NOISE = 1e-6
 DRAWS = 2  # of each noise
 SURE = 0.01
-TEACHERS = 8  # images whose values at all sites are compared, CHUNK at a time
-CHUNK = 4
+TEACHERS = 8  # images whose values at all sites are compared, one at a time: all of them are held
+BATCH = 8  # images of a run from end to end
 
 
 @dataclass(frozen=True)
@@ -159,14 +160,14 @@ def _teacher_forced(qmodel: QuantModel, model: Any, batch: Any) -> tuple[tuple[S
     shown = [value for value in shown_values(model) if value.part != WEIGHT]
     session = Session(with_given_sites(model).SerializeToString())
     found = {(value.site, value.use): _Counted() for value in shown}
-    error = 0.0
-    for part in _few(batch, TEACHERS, CHUNK):
+    error, steps = 0.0, Steps()
+    for part in islice(split(batch, 1), TEACHERS):
         teacher, output = simulated(qmodel, part)
         given = {GIVEN + value.name: _taught(teacher, value).contiguous().numpy() for value in shown}
         own = [name for name in session.inputs if not name.startswith(GIVEN)]
         got = session.run(feeds_of(own, part) | {n: v for n, v in given.items() if n in session.inputs})
         for value in shown:
-            found[(value.site, value.use)].add(_apart(teacher[(value.site, value.use)], value, got[value.name]))
+            found[(value.site, value.use)].add(_apart(teacher[(value.site, value.use)], value, got[value.name], steps))
         error = max(error, _output_error(got, output))
     return tuple(SiteParity(site, use, *c.numbers()) for (site, use), c in found.items()), error
 
@@ -192,10 +193,10 @@ def _taught(teacher: Mapping[tuple[str, int], AtSite], shown: Shown) -> Tensor:
     return _in_order(chosen, shown)
 
 
-def _apart(at: AtSite, shown: Shown, got: Tensor) -> Tensor:
+def _apart(at: AtSite, shown: Shown, got: Tensor, steps: Steps) -> Tensor:
     if shown.part == CODE and at.codes is not None:
         return (got.int() - _in_order(at.codes, shown).int()).abs()
-    return steps_apart(at, got)
+    return steps.apart(at, got)
 
 
 def _output_error(got: Mapping[str, Tensor], output: Any) -> float:
@@ -215,7 +216,7 @@ def _end_to_end(
     session = Session(data)
     agree = noisy = image_noise = images = 0
     draw = torch.Generator().manual_seed(0)
-    for part in _few(batch, leading_size(batch), 2 * CHUNK):
+    for part in split(batch, BATCH):
         with torch.no_grad():
             wanted = predictions(default_forward(qmodel, part))
             for _ in range(DRAWS):
@@ -248,13 +249,3 @@ def _with_noise(batch: Any, draw: torch.Generator) -> Any:
         return value + NOISE * torch.randn(value.shape, generator=draw).to(value)
 
     return pytree.tree_map(noisy, batch)
-
-
-def _few(batch: Any, count: int, size: int) -> Iterator[Any]:
-    """The first images of a batch, a few at a time."""
-    taken = 0
-    for part in split(batch, size):
-        if taken >= count:
-            return
-        taken += leading_size(part)
-        yield part

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vitq.core.batches import ForwardFn, default_forward, leading_size
+from vitq.core.batches import ForwardFn, default_forward, is_image_list, leading_size
 from vitq.core.errors import TraceError
 from vitq.core.site import REASON_CONSTANT, REASON_UNSUPPORTED, Call, Graph, NormLinear, Site
 from vitq.graph.axes import axes_of, inner_axes, summed_dim
@@ -48,7 +48,7 @@ def trace(model: nn.Module, example: Any, forward_fn: ForwardFn = default_forwar
     ) as error:
         raise TraceError(
             f"{type(model).__name__} does not run on the example {_describe(example)}: {error}. "
-            f"Give an input it accepts as example=, or say how it is called with forward_fn=."
+            f"Give an input it accepts as example=, or say how it is called with forward_fn=.{_hint(example)}"
         ) from error
     return build_graph(model, log, leading_size(example))
 
@@ -247,6 +247,12 @@ def _bias_foldable(model: nn.Module, log: Record, node: Node) -> bool:
         return True
     owner = model.get_submodule(node.owner)
     return isinstance(owner, nn.Linear) and owner.bias is None
+
+
+def _hint(example: Any) -> str:
+    if not is_image_list(example):
+        return ""
+    return " A list of images is one input, as detectors take it; a classifier takes torch.stack(images)."
 
 
 def _describe(example: Any) -> str:

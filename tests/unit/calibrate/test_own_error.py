@@ -43,14 +43,16 @@ def test_it_serves_where_there_are_many_values_and_whole_zero_points() -> None:
     assert not OwnError.serves(UniformQuantizer(4, fractional_zero_point=True), many)
 
 
-def test_a_judge_asks_it_for_operands_alone_and_gets_what_comparing_gives() -> None:
+def test_a_judge_asks_it_for_operands_alone_and_gets_what_comparing_gives(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = values(WORTH * 8 + 5, 6), torch.randn(4, 6)
     axes = ("token", "channel")
     left = Site("l", "", "linear", 0, "input", "OTHER_IN", axes, tuple(x.shape))
     right = Site("r", "", "linear", 0, "weight", "WEIGHT", ("channel", "in"), tuple(weight.shape), param="weight")
     quantizer = UniformQuantizer(3, Layout((-1,), (6,), 1))
     params = quantizer.range_to_params(*(f * torch.ones(5, 6) * torch.arange(1, 6)[:, None] for f in (-0.7, 0.9)))
-    scores = []
+    scores, asked = [], []
+    made = OwnError.__init__
+    monkeypatch.setattr(OwnError, "__init__", lambda self, *given: [asked.append(name), made(self, *given)][1])
     for name in ("mse", "cosine"):
         judge = Judge(torch.nn.Linear(6, 4), Product("linear", left, right, ""), [Chunk(x, weight, x @ weight.T, None)],
                       (quantizer, None), OBJECTIVES[name])  # fmt: skip
@@ -63,3 +65,4 @@ def test_a_judge_asks_it_for_operands_alone_and_gets_what_comparing_gives() -> N
     )
     torch.testing.assert_close(scores[0], plain, rtol=1e-6, atol=0)
     assert not torch.allclose(scores[1], plain)
+    assert asked == ["mse"]

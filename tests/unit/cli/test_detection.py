@@ -198,6 +198,8 @@ def test_photos_that_cannot_be_read_are_named_or_skipped(run: Run, world: Path, 
             "--predictions and --skip-bad are for",
         ),
         (["--task", "detect", "--images", "{photos}", "--size", "64"], "resize photos themselves"),
+        (["--task", "detect", "--images", "{photos}", "--draw", "{photos}/0.png"], "is a file; name a folder"),
+        (["--task", "detect", "--images", "{photos}", "--draw", "{photos}/0.png/drawn"], "cannot be written"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused(run: Run, world: Path, words: list[str], says: str) -> None:
@@ -206,10 +208,23 @@ def test_what_cannot_be_evaluated_is_refused(run: Run, world: Path, words: list[
     assert says in answer.error
 
 
+def test_a_list_of_images_cannot_be_exported(run: Run, world: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    quantized(run, world, "detector", tmp_path / "out")
+    answer = run("export", str(tmp_path / "out"), "--trust-code", "--out", str(tmp_path / "m.onnx"))
+    assert "takes a list of images" in answer.error
+
+
 def test_classifiers_and_detectors_are_not_taken_for_one_another(run: Run, world: Path, tmp_path: Path) -> None:
     quantized(run, world, "yolos", tmp_path / "out", "--size", "32")
     answer = run("evaluate", str(tmp_path / "out"), "--data", str(world / "photos"), "--trust-code")
-    assert "--task detect or segment" in answer.error
+    assert "at their own sizes" in answer.error
+    for command, *words in (
+        ("diagnose", "--data", world / "photos", "--images", 2),
+        ("transfer", "--data", world / "photos"),
+        ("export", "--data", world / "photos", "--out", tmp_path / "m.onnx"),
+    ):
+        assert "at their own sizes" in run(command, str(tmp_path / "out"), *map(str, words), "--trust-code").error
     words = ("--task", "detect", "--data", str(world / "truth.json"), "--images", str(world / "photos"))
     assert "takes photos is not known" in run("evaluate", "zoo:seeded_vit", *words).error
     answer = run(

@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -85,13 +86,34 @@ def test_the_training_script_takes_two_steps(
 ) -> None:
     pytest.importorskip("faster_coco_eval" if name == "maskrcnn" else "transformers")
     module = script()
-    monkeypatch.setattr(sys, "argv", ["train_scenes.py", name, "--quick", "--out", str(tmp_path)])
+    monkeypatch.setattr(
+        sys, "argv", ["train_scenes.py", name, "--quick", "--out", str(tmp_path), "--checkpoints", str(tmp_path)]
+    )
     module.main()
     told = json.loads((tmp_path / f"scenes_{name}.json").read_text())
-    assert told["steps"] == 2
-    assert told["images"] == 4
-    assert 0 <= told[number] <= 100
+    assert told["scenes"] == 4
+    assert told["test_scenes"] == 4
+    assert 0 <= told[f"test_{number}"] <= 100
     assert (tmp_path / f"scenes_{name}.safetensors").stat().st_size < 4_000_000
+
+
+def test_an_interrupted_training_goes_on_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = script()
+    monkeypatch.setattr(module, "EPOCH", 2)  # a checkpoint after every step of two scenes
+    whole = module.train("maskrcnn", "fashion_calib", 3, 2, 0, tmp_path / "whole.pt")
+    kept = module.replace
+
+    def stopped(path: Path, write: Any) -> None:
+        kept(path, write)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "replace", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        module.train("maskrcnn", "fashion_calib", 3, 2, 0, tmp_path / "cut.pt")
+    monkeypatch.setattr(module, "replace", kept)
+    cut = module.train("maskrcnn", "fashion_calib", 3, 2, 0, tmp_path / "cut.pt")
+    for (name, one), other in zip(whole.state_dict().items(), cut.state_dict().values(), strict=True):
+        assert torch.equal(one, other), name
 
 
 def test_a_step_of_training_lowers_the_loss() -> None:

@@ -39,7 +39,7 @@ def test_queries_are_read_as_transformers_reads_them(background: bool) -> None:
     module = "detr" if background else "rt_detr"
     processor = getattr(getattr(transformers.models, module), name)()
     wanted = processor.post_process_object_detection(out, threshold=0.0, target_sizes=torch.tensor([[48, 80]]))[0]
-    found = finder([10, 20, 30, 40]).detections(out, (80, 48))
+    found = finder([10, 20, 30, 40]).read(out, (80, 48))
     order = [each.argsort(descending=True, stable=True) for each in (found.scores, wanted["scores"])]
     torch.testing.assert_close(found.scores[order[0]], wanted["scores"][order[1]])
     torch.testing.assert_close(found.boxes[order[0]], wanted["boxes"][order[1]], atol=1e-4, rtol=1e-5)
@@ -55,7 +55,7 @@ def test_torchvision_counts_classes_from_one_and_what_the_data_do_not_have_is_le
             "masks": torch.rand(3, 1, 8, 8),
         }
     ]
-    found = finder([7, -1, 9], masks=True).detections(out, (8, 8))
+    found = finder([7, -1, 9], masks=True).read(out, (8, 8))
     assert found.labels.tolist() == [7, 9]
     assert found.boxes.tolist() == [[0, 0, 4, 4], [2, 2, 6, 6]]
     assert found.masks is not None
@@ -66,10 +66,10 @@ def test_torchvision_counts_classes_from_one_and_what_the_data_do_not_have_is_le
 
 def test_outputs_without_detections_or_masks_are_refused() -> None:
     with pytest.raises(InputError, match="returns Tensor, in which no detections were found"):
-        finder([1]).detections(torch.zeros(1, 3), (4, 4))
+        finder([1]).read(torch.zeros(1, 3), (4, 4))
     out = [{"boxes": boxes([0, 0, 1, 1]), "labels": torch.tensor([1]), "scores": torch.tensor([1.0])}]
     with pytest.raises(InputError, match="no masks; evaluate boxes"):
-        finder([1], masks=True).detections(out, (4, 4))
+        finder([1], masks=True).read(out, (4, 4))
 
 
 def test_classes_of_pixels_are_the_largest_of_enlarged_logits_in_any_pieces(monkeypatch: pytest.MonkeyPatch) -> None:

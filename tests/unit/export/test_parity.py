@@ -11,7 +11,7 @@ import torch
 
 from vitq.core.errors import ExportError
 from vitq.export import onnx as export_module
-from vitq.export.compare import FAR, AtSite, steps_apart
+from vitq.export.compare import FAR, AtSite, Steps
 from vitq.export.forced import shown_values
 from vitq.export.onnx import export_onnx
 from vitq.export.parity import check_parity, predictions
@@ -134,17 +134,17 @@ def test_steps_count_levels_that_can_be_reached() -> None:
     values = quantizer.quantized(x)
     levels = values.unique()
     at = AtSite(quantizer, None, levels[:-1][None])
-    assert steps_apart(at, levels[1:][None]).unique().tolist() == [1], (
+    assert Steps().apart(at, levels[1:][None]).unique().tolist() == [1], (
         "neighbours are one step apart, codes unused or not"
     )
-    assert steps_apart(at, levels[:-1][None] + 1e-3).unique().tolist() == [FAR]
+    assert Steps().apart(at, levels[:-1][None] + 1e-3).unique().tolist() == [FAR]
 
 
 def test_descending_codes_are_steps_apart_as_well() -> None:
     quantizer = Log2Quantizer(4)
     quantizer.set_params({"scale": torch.tensor(1.0)})
     at = AtSite(quantizer, None, torch.tensor([1.0, 0.5, 2.0**-14, 0.0]))
-    assert steps_apart(at, torch.tensor([0.5, 0.5, 0.0, 0.25])).tolist() == [1, 0, 1, 13]
+    assert Steps().apart(at, torch.tensor([0.5, 0.5, 0.0, 0.25])).tolist() == [1, 0, 1, 13]
 
 
 def test_predictions_are_taken_along_the_classes() -> None:

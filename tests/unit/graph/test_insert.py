@@ -293,6 +293,11 @@ def test_an_example_that_does_not_fit_says_what_was_given(vit: nn.Module) -> Non
     assert not any("forward" in m.__dict__ for m in vit.modules())
 
 
+def test_a_list_of_images_is_one_input_and_a_classifier_says_so(vit: nn.Module) -> None:
+    with pytest.raises(TraceError, match=r"a classifier takes torch\.stack\(images\)"):
+        trace(vit, [torch.zeros(3, 16, 16), torch.zeros(3, 16, 16)])
+
+
 # -- export and compile ----------------------------------------------------------------------------------
 
 
