@@ -5,16 +5,20 @@ Two flows, streamed in the micro-batches that the data come in:
 - *parallel*: every site sees what the float model gives it; one go over the data, a few images at a time, serves all
   sites.
 - *prefix*: every site sees what quantized predecessors give it. With one micro-batch a single forward does:
-  each site is finished when it is reached. With more, the work goes block by block: a site is finished when
-  all micro-batches have reached it, and block inputs are kept between (calibrate/store.py), so memory does
-  not grow with the model, and hardly with the data.
+  each site is finished when it is reached. With more, all micro-batches wait for one another at each site
+  (calibrate/lockstep.py), which takes a single forward, too. Where that would hold too much, the work goes block
+  by block: a site is finished when all micro-batches have reached it, and block inputs are kept between
+  (calibrate/store.py), so memory does not grow with the model, and hardly with the data. Outside of blocks they
+  may hold more than inside before they are run again for every site instead.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
@@ -22,11 +26,13 @@ from torch import Tensor
 
 from vitq.calibrate.blocks import Stop, call_block, stream_blocks
 from vitq.calibrate.heap import give_back
-from vitq.core.batches import Batches, leading_size, split
+from vitq.calibrate.lockstep import Lockstep, Room, possible, same
+from vitq.core.batches import Batches, device_of, first_of, leading_size, split
 from vitq.core.progress import Progress, Task
 from vitq.core.qmodel import QuantModel
 from vitq.core.site import Site
 
+AT_ONCE = 2**29  # bytes that micro-batches may hold inside of the model, so as to run it once and not for every site
 IMAGES = 8  # at a time where many sites keep something of every forward: activations are small beside that
 
 
@@ -143,8 +149,12 @@ class _Stages:
         self.reached: Site | None = None
         self.watcher: Watcher | None = None
         self.images = 0
+        self.separate = False
 
     def run(self) -> None:
+        self.separate = self._separate()
+        if self.separate and self._together(AT_ONCE):
+            return
         blocks = [b for b in self.qmodel.graph.blocks if any(s.block == b for s in self.pending.values())]
         for _, block, inputs in stream_blocks(self.qmodel, self.data, blocks, self._run_model):
             self._finish_sites(inputs, partial(call_block, block))
@@ -152,13 +162,81 @@ class _Stages:
 
     def _run_model(self) -> None:
         """Finish what is reached on the way, until the whole model runs (or somebody behind stops it)."""
-        self._finish_sites(self.data, lambda batch: self.data.forward(self.qmodel.model, batch))
+        if not (self.separate and self._together()):
+            self._finish_sites(self.data, self._forward)
+
+    def _forward(self, batch: Any) -> Any:
+        return self.data.forward(self.qmodel.model, batch)
+
+    def _separate(self) -> bool:
+        """Whether two forwards that wait for one another compute what each does alone.
+
+        Some models keep things on their modules on the way through.
+        """
+        if not possible():
+            return False
+        examples = [first_of(batch) for batch in islice(self.data, 2)]
+        alone, found = [self._forward(example) for example in examples], dict[int, Any]()
+        lockstep, order = Lockstep(self._room()), list(self.pending)
+
+        def run(number: int) -> None:
+            found[number] = self._forward(examples[number])
+
+        try:
+            with self._observed(lambda site: lambda x: lockstep.pause(site.id)):
+                lockstep.run([partial(run, n) for n in range(2)], lambda places: min(places, key=order.index))
+        except Exception:  # of a model that two at a time confuse; any other comes again
+            return False
+        return len(found) == 2 and all(same(found[n], alone[n]) for n in range(2))
+
+    def _room(self, most: int | None = None) -> Room:
+        return Room(device_of(self.qmodel.model), most)
+
+    def _together(self, most: int | None = None) -> bool:
+        """One run of every micro-batch, all of which wait at each site; False if that took too much memory.
+
+        Args:
+            most: bytes; a share of what the machine has if it is not given.
+        """
+        if not self.pending:
+            return True
+        lockstep, order = Lockstep(self._room(most)), list(self.pending)
+        watchers: dict[str, Watcher] = {}
+
+        def look(site: Site, images: dict[int, int], x: Tensor) -> None:
+            if site.id not in self.pending:  # finished while this forward was elsewhere
+                return
+            if site.id not in watchers:
+                watchers[site.id] = self.make(site)
+            _shown(watchers[site.id], images[threading.get_ident()], x)
+            lockstep.pause(site.id)
+
+        def choose(places: list[str]) -> str | None:
+            name = min(places, key=order.index)
+            watchers.pop(name).finish()
+            self._finished(name)
+            return name if self.pending else None
+
+        counts: dict[int, int] = {}
+
+        def run(batch: Any, images: int) -> None:
+            counts[threading.get_ident()] = images
+            self._forward(batch)
+
+        with self._observed(lambda site: partial(look, site, counts)):
+            lockstep.run((partial(run, *one) for one in zip(self.data, self.data.sizes, strict=True)), choose)
+        return not lockstep.full
+
+    def _finished(self, name: str) -> None:
+        self.qmodel.quantizers[name].observer = None
+        del self.pending[name]
+        self.task.advance()
 
     def _finish_sites(self, items: Iterable[Any], run: Callable[[Any], Any]) -> None:
         """Run all items again and again, each time up to the first pending site, until none is reached."""
         while self.pending:
             self.reached = self.watcher = None
-            with self._stopping_at_pending():
+            with self._observed(lambda site: partial(self._look_and_stop, site)):
                 for item, images in zip(items, self.data.sizes, strict=True):
                     self.images = images
                     with suppress(Stop):
@@ -167,22 +245,22 @@ class _Stages:
             if self.reached is None or self.watcher is None:
                 return
             self.watcher.finish()
-            del self.pending[self.reached.id]
-            self.task.advance()
+            self._finished(self.reached.id)
+
+    def _look_and_stop(self, site: Site, x: Tensor) -> None:
+        if self.reached is None:
+            self.reached, self.watcher = site, self.make(site)
+        if site is self.reached and self.watcher is not None:
+            _shown(self.watcher, self.images, x)
+        raise Stop
 
     @contextmanager
-    def _stopping_at_pending(self) -> Iterator[None]:
-        def look(site: Site, x: Tensor) -> None:
-            if self.reached is None:
-                self.reached, self.watcher = site, self.make(site)
-            if site is self.reached and self.watcher is not None:
-                _shown(self.watcher, self.images, x)
-            raise Stop
-
-        for site in self.pending.values():
-            _observe_with(self.qmodel, site, partial(look, site))
+    def _observed(self, look: Callable[[Site], Callable[[Tensor], None]]) -> Iterator[None]:
+        watched = list(self.pending.values())
+        for site in watched:
+            _observe_with(self.qmodel, site, look(site))
         try:
             yield
         finally:
-            for site in self.pending.values():
+            for site in watched:
                 self.qmodel.quantizers[site].observer = None
