@@ -29,7 +29,7 @@ from vitq.data.native import PhotoInput, photo_input
 from vitq.data.semantic import open_semantic
 from vitq.data.zoo.fashion import CLASSES
 from vitq.data.zoo.scene_models import scene_maskrcnn, scene_segformer
-from vitq.data.zoo.scenes import Scene, Scenes, write_scenes
+from vitq.data.zoo.scenes import Scene, Scenes, scene_set, write_scenes
 from vitq.evaluate.detect import evaluate_detectors
 from vitq.evaluate.finders import Finder, Segmenter, category_ids
 from vitq.evaluate.segment import evaluate_segmenters
@@ -43,8 +43,6 @@ RATES = {"maskrcnn": 1.2e-3, "segformer": 1.2e-3}
 BUILD = {"maskrcnn": scene_maskrcnn, "segformer": scene_segformer}
 EPOCHS = {"maskrcnn": 60, "segformer": 40}
 DECAY = 0.05
-TEST_SCENES = 200
-TEST_SEED = 1_000_003
 
 
 def detection_loss(model: nn.Module, scenes: list[Scene], inputs: PhotoInput) -> Tensor:
@@ -116,11 +114,12 @@ def prepared(model: nn.Module) -> PhotoInput:
     return found
 
 
-def measured(name: str, model: nn.Module, count: int) -> dict[str, Any]:
+def measured(name: str, model: nn.Module, count: int | None) -> dict[str, Any]:
     """AP, or mIoU, on test scenes."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        write_scenes(folder, Scenes("fashion_test", TEST_SEED), count)
+        scenes, whole = scene_set("scenes_test")
+        write_scenes(folder, scenes, count or whole)
         cpu, inputs = torch.device("cpu"), prepared(model)
         if name == "maskrcnn":
             data = open_coco(folder / "truth.json", folder / "photos", masks=True)
@@ -155,7 +154,7 @@ def main() -> None:
     name = f"scenes_{given.model}"
     path = given.checkpoints / f"{name}{'_quick' if given.quick else ''}.pt"
     model = write_model(given.out, name, train(given.model, items, steps, batch, given.seed, path))
-    told = measured(given.model, model, 4 if given.quick else TEST_SCENES)
+    told = measured(given.model, model, 4 if given.quick else None)
     result = {"model": name, "scenes": steps * batch, "seed": given.seed, "test_scenes": told["images"]}
     result |= {f"test_{key}": round(told[key], 2) for key in ("box_ap", "mask_ap", "miou") if key in told}
     write_text(given.out / f"{name}.json", json.dumps(result, indent=1) + "\n")

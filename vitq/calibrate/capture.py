@@ -26,7 +26,7 @@ from torch import Tensor
 
 from vitq.calibrate.blocks import Stop, call_block, stream_blocks
 from vitq.calibrate.heap import give_back
-from vitq.calibrate.lockstep import Lockstep, Room, possible, same
+from vitq.calibrate.lockstep import MOST, Lockstep, Room, possible, same
 from vitq.core.batches import Batches, device_of, first_of, leading_size, split
 from vitq.core.progress import Progress, Task
 from vitq.core.qmodel import QuantModel
@@ -173,7 +173,7 @@ class _Stages:
 
         Some models keep things on their modules on the way through.
         """
-        if not possible():
+        if len(self.data.sizes) > MOST or not possible():
             return False
         examples = [first_of(batch) for batch in islice(self.data, 2)]
         alone, found = [self._forward(example) for example in examples], dict[int, Any]()

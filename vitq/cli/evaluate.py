@@ -77,7 +77,10 @@ def evaluate(
     target: a.Target,
     data: Annotated[
         str,
-        typer.Option(help=f"Labelled images. {a.DATA_HELP} For detect and instances, COCO's JSON; for segment, masks."),
+        typer.Option(
+            help=f"Labelled images. {a.DATA_HELP} For detect and instances, COCO's JSON; for segment, masks; "
+            "zoo:scenes_test for these three."
+        ),
     ],
     task: Annotated[str, typer.Option(help=f"One of {', '.join(tasks.TASKS)}.")] = "classify",
     images: Annotated[
@@ -114,7 +117,9 @@ def evaluate(
 
         vitq evaluate deit_tiny_patch16_224 --checkpoint deit_tiny.safetensors --data val/
 
-        vitq evaluate out/ --task instances --data instances.json --images photos/ --trust-code --draw drawn/
+        vitq evaluate out/ --task instances --data instances.json --images photos/ --draw drawn/
+
+        vitq evaluate zoo:scenes_maskrcnn --task instances --data zoo:scenes_test
     """
     say = Say(quiet)
     check_outputs(predictions, json)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -16,9 +17,10 @@ from vitq.cli.console import Say
 from vitq.core.errors import DataError, InputError
 from vitq.core.qmodel import QuantModel
 from vitq.data.coco import CocoSet, open_coco
-from vitq.data.images import ImageSet
+from vitq.data.images import ZOO, ImageSet
 from vitq.data.native import PhotoInput, photo_input
 from vitq.data.semantic import SemanticSet, open_semantic
+from vitq.data.zoo.scenes import scene_set, write_scenes
 from vitq.evaluate import detect, segment
 from vitq.evaluate.detections import Detections
 from vitq.evaluate.draw import draw_classes, draw_detections, save_beside
@@ -60,16 +62,25 @@ class Opened:
     qmodel: QuantModel | None
 
 
-def open_photos(target: str, data: str, images: Path | None, task: str) -> CocoSet | SemanticSet:
+def open_photos(data: str, images: Path | None, task: str, scratch: Path) -> CocoSet | SemanticSet:
     """The annotated photos of a task.
 
+    Args:
+        scratch: an empty folder, for scenes that come with vitq (zoo:NAME).
+
     Raises:
-        InputError: no folder of images is named.
+        InputError: no folder of images is named, or one for scenes.
         DataError: they cannot be used.
     """
+    segments = task == "segment"
+    if data.startswith(ZOO):
+        if images is not None:
+            raise InputError(f"{data} brings its photos: leave --images out")
+        write_scenes(scratch, *scene_set(data.removeprefix(ZOO)))
+        data, images = str(scratch / ("masks" if segments else "truth.json")), scratch / "photos"
     if images is None:
         raise InputError(f"--task {task} needs --images, the folder of the photos that --data is about")
-    return open_semantic(data, images) if task == "segment" else open_coco(data, images, masks=task == "instances")
+    return open_semantic(data, images) if segments else open_coco(data, images, masks=task == "instances")
 
 
 def evaluate_task(asked: Asked, float_of: Callable[..., nn.Module], say: Say) -> dict[str, Any]:
@@ -78,17 +89,17 @@ def evaluate_task(asked: Asked, float_of: Callable[..., nn.Module], say: Say) ->
     Args:
         float_of: (quantized model, checkpoint, trust_code, say) -> its float model.
     """
-    data = open_photos(asked.target, asked.data, asked.images, asked.task)
-    for note in getattr(data, "notes", ()):
-        say.note(note)
-    opened = _open(asked, float_of, say)
-    chosen = _chosen(data.files, opened.qmodel, asked, say)
-    data = data.subset(chosen)
-    found: dict[str, Any] = {"model": asked.target, "task": asked.task}
-    found["kind"] = "simulated" if opened.qmodel is not None else "float"
-    if isinstance(data, SemanticSet):
-        return found | _segments(asked, opened, data, say)
-    return found | _detects(asked, opened, data, say)
+    with TemporaryDirectory(prefix="vitq-scenes-") as scratch:
+        data = open_photos(asked.data, asked.images, asked.task, Path(scratch))
+        for note in getattr(data, "notes", ()):
+            say.note(note)
+        opened = _open(asked, float_of, say)
+        data = data.subset(_chosen(data.files, opened.qmodel, asked, say))
+        found: dict[str, Any] = {"model": asked.target, "task": asked.task}
+        found["kind"] = "simulated" if opened.qmodel is not None else "float"
+        if isinstance(data, SemanticSet):
+            return found | _segments(asked, opened, data, say)
+        return found | _detects(asked, opened, data, say)
 
 
 def _open(asked: Asked, float_of: Callable[..., nn.Module], say: Say) -> Opened:
@@ -129,9 +140,10 @@ def _chosen(files: ImageSet, qmodel: QuantModel | None, asked: Asked, say: Say) 
     if qmodel is not None:
         chosen = work.not_calibrated(qmodel, files)
         if len(chosen) < len(files):
-            say.note(f"{len(files) - len(chosen)} images of {asked.images} were calibrated on; they are left out")
+            where = asked.images or asked.data
+            say.note(f"{len(files) - len(chosen)} images of {where} were calibrated on; they are left out")
     if not chosen:
-        raise DataError(f"{asked.images}: every image was calibrated on; give others")
+        raise DataError(f"{asked.images or asked.data}: every image was calibrated on; give others")
     return chosen[: asked.limit]
 
 

@@ -142,7 +142,7 @@ def from_torchvision(name: str, fetch: bool, num_classes: int | None) -> Built:
 def from_zoo(name: str) -> Built:
     """A model that comes with vitq."""
     model: Any = build_zoo(name)
-    count = int(model.num_classes)
+    count = getattr(model, "num_classes", None)
     source = {"name": name, "num_classes": count}
     return Built(model, f"zoo:{name}", source, zoo_preprocess(name), count)
 

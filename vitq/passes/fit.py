@@ -35,7 +35,7 @@ class Fit(Pass):
     name = "fit"
     slot = "fit"
     gives = frozenset({WEIGHT_SCALES, ACT_SCALES})
-    cost = "one forward of the calibration images; on the quantized prefix about six if there are more than 32"
+    cost = "one forward of the calibration images; on the quantized prefix about six if these are too many to hold"
 
     def __init__(
         self,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vitq.calibrate import observe
+from vitq.calibrate import capture, observe
 from vitq.calibrate.observe import Sketch
 from vitq.calibrate.store import Store
 from vitq.core.batches import Batches
@@ -94,6 +94,18 @@ def same_scales(a: QuantModel, b: QuantModel) -> list[str]:
     return [s for s in left if not all(torch.equal(left[s].params()[n], right[s].params()[n]) for n in left[s].fields)]
 
 
+WAYS = ("together", "blocks", "goes")
+
+
+def take(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several micro-batches: all at once, block by block and together elsewhere, or one site after the other."""
+    if way != "together":
+        monkeypatch.setattr(capture, "AT_ONCE", -1)
+    if way == "goes":
+        monkeypatch.setattr(capture, "possible", lambda: False)
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
     ("name", "flow", "sizes"),
     [
@@ -106,7 +118,12 @@ def same_scales(a: QuantModel, b: QuantModel) -> list[str]:
         ("seeded_swin", "parallel", [2, 1]),
     ],
 )
-def test_fit_equals_brute_force_with_whole_model_reruns(name: str, flow: str, sizes: list[int]) -> None:
+def test_fit_equals_brute_force_with_whole_model_reruns(
+    name: str, flow: str, sizes: list[int], way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if way != "together" and (flow == "parallel" or len(sizes) == 1):
+        pytest.skip("there is one way")
+    take(way, monkeypatch)
     images = seeded_images(sum(sizes))
     build = two_blocks if name == "two_blocks" else partial(build_zoo, name)
     ours, reference = inserted(build(), images), inserted(build(), images)
@@ -158,10 +175,14 @@ def test_percentiles_are_those_of_all_images_however_many_are_seen_at_a_time(
     assert same_scales(*made) == []
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("flow", ["prefix", "parallel"])
 @pytest.mark.parametrize("count", [20, 64])
-def test_blocks_that_change_their_input_in_place_are_seen_right(flow: str, count: int) -> None:
+def test_blocks_that_change_their_input_in_place_are_seen_right(
+    flow: str, count: int, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Found by this test: block inputs kept between reruns were changed by every rerun."""
+    take(way, monkeypatch)
     torch.manual_seed(3)
     model, images = InPlaceModel(), torch.randn(count, 5, 8)
     state = model.state_dict()
@@ -230,6 +251,7 @@ def test_the_store_spills_to_disk_and_gives_back_what_it_was_given() -> None:
 
 
 def test_spilled_block_inputs_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    take("blocks", monkeypatch)
     batches = list(seeded_images(3).split(2))
     kept = quantize(build_zoo("seeded_swin"), "repq_vit", "w4a4", batches).state_dict()
     monkeypatch.setattr(Store.__init__, "__defaults__", (0,))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from importlib.resources import files
 
 import pytest
@@ -20,10 +21,13 @@ from vitq.data.zoo import (
     zoo_preprocess,
     zoo_store,
 )
+from vitq.data.zoo.scenes import SETS as SCENE_SETS
+from vitq.data.zoo.scenes import scene_set
 
 NAMES = zoo_names()
 SEEDED = [name for name in NAMES if name.startswith("seeded")]
 TRAINED = [name for name in NAMES if name.startswith("fashion")]
+SCENES = [name for name in NAMES if name.startswith("scenes")]
 SETS = {"fashion_calib": 300, "fashion_test": 2000}
 
 
@@ -75,7 +79,10 @@ def test_unknown_zoo_names_are_refused() -> None:
     for function in (build_zoo, zoo_preprocess):
         with pytest.raises(UnknownNameError, match="seeded_vit"):
             function("seeded_vitt")
-    assert zoo_preprocess("seeded_vit").input_size == (3, 32, 32)
+    small = zoo_preprocess("seeded_vit")
+    assert small is not None
+    assert small.input_size == (3, 32, 32)
+    assert zoo_preprocess("scenes_segformer") is None
     for function in (zoo_images, zoo_store, lambda name: open_images(f"zoo:{name}")):
         with pytest.raises(UnknownNameError, match="fashion_test"):
             function("fashion_tset")
@@ -105,8 +112,9 @@ def test_a_trained_model_loads_by_name_and_from_its_record(name: str) -> None:
 def test_what_is_embedded_is_small_and_comes_with_its_licence() -> None:
     folder = files("vitq.data.zoo").joinpath("files")
     sizes = {item.name: len(item.read_bytes()) for item in folder.iterdir()}
-    assert sum(sizes.values()) < 6_000_000
-    assert {f"{name}.npz" for name in SETS} | {f"{name}.safetensors" for name in TRAINED} <= sizes.keys()
+    assert sum(size for name, size in sizes.items() if not name.startswith("scenes")) < 6_000_000
+    assert sum(size for name, size in sizes.items() if name.startswith("scenes")) < 8_000_000
+    assert {f"{name}.npz" for name in SETS} | {f"{name}.safetensors" for name in TRAINED + SCENES} <= sizes.keys()
     assert "Zalando" in folder.joinpath("LICENSE-fashion-mnist.txt").read_text(encoding="utf-8")
 
 
@@ -132,3 +140,25 @@ def test_no_image_is_both_calibrated_on_and_tested_on() -> None:
     assert not set(calib.digests()) & set(test.digests())
     kept, left_out = without_overlap(calib, test)
     assert (len(kept), left_out) == (2000, [])
+
+
+@pytest.mark.parametrize(("name", "least"), [("scenes_maskrcnn", 0.6), ("scenes_segformer", 0.7)])
+def test_models_of_scenes_are_as_good_as_docs_zoo_says(name: str, least: float) -> None:
+    pytest.importorskip("transformers" if name == "scenes_segformer" else "torchvision")
+    loaded = load_model(f"zoo:{name}")
+    assert loaded.preprocess is None
+    assert all(torch.equal(p, p.half().float()) for p in loaded.model.parameters())
+    stored = json.loads(files("vitq.data.zoo").joinpath("files", f"{name}.json").read_text(encoding="utf-8"))
+    measured = stored["test_box_ap" if name == "scenes_maskrcnn" else "test_miou"]
+    assert measured >= 100 * least
+
+
+def test_sets_of_scenes_are_photos_without_labels_and_share_no_item() -> None:
+    calib, test = (open_images(f"zoo:{name}") for name in ("scenes_calib", "scenes_test"))
+    assert (len(calib), len(test)) == (300, 200)
+    assert calib.labels is None
+    assert calib.photo(3).size == (128, 128)
+    assert not set(calib.digests()) & set(test.digests())
+    assert {SCENE_SETS[name][0] for name in SCENE_SETS} == set(SETS)
+    with pytest.raises(UnknownNameError, match="scenes_test"):
+        scene_set("scenes_tset")

@@ -57,12 +57,12 @@ def empty_swin() -> nn.Module:
 
 def fashion_vit() -> nn.Module:
     """The trained VisionTransformer of empty_vit, in eval mode."""
-    return _trained(empty_vit, "fashion_vit")
+    return trained(empty_vit, "fashion_vit")
 
 
 def fashion_swin() -> nn.Module:
     """The trained SwinTransformer of empty_swin, in eval mode."""
-    return _trained(empty_swin, "fashion_swin")
+    return trained(empty_swin, "fashion_swin")
 
 
 def zoo_images(name: str) -> tuple[Tensor, Tensor]:
@@ -79,7 +79,7 @@ def zoo_images(name: str) -> tuple[Tensor, Tensor]:
     return pixels.unsqueeze(1).repeat(1, 3, 1, 1), torch.from_numpy(stored["labels"]).long()
 
 
-def zoo_store(name: str) -> ItemStore:
+def fashion_store(name: str) -> ItemStore:
     """An embedded image set as grayscale PIL images; each id is its part and row of the official files.
 
     Raises:
@@ -94,7 +94,7 @@ def zoo_store(name: str) -> ItemStore:
     return ItemStore(f"zoo:{name}", items, ids, torch.from_numpy(stored["labels"]).long())
 
 
-def _trained(build: Callable[[], nn.Module], name: str) -> nn.Module:
+def trained(build: Callable[[], nn.Module], name: str) -> nn.Module:
     """The model with its stored weights; the global generator is not touched."""
     from safetensors.torch import load
 

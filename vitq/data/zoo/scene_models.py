@@ -1,4 +1,4 @@
-"""The detector and the segmenter of procedural scenes, with fresh weights; tools/train_scenes.py trains them.
+"""The detector and the segmenter of procedural scenes, which tools/train_scenes.py trains.
 
 Shapes:  scene_maskrcnn    a list of images (3, H, W) in [0, 1]
          scene_segformer   pixel_values (B, 3, H, W), normalised as ImageNet's
@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vitq.core.errors import MissingExtraError
-from vitq.data.zoo.fashion import CLASSES
+from vitq.data.zoo.fashion import CLASSES, trained
 from vitq.data.zoo.scenes import SIZE
 
 WIDTH = 48  # channels of the pyramid
@@ -19,21 +19,31 @@ STAGES = (32, 64, 128)  # channels of Swin's stages, of two blocks each
 
 
 class SwinPyramid(nn.Module):
-    """torchvision's Swin with windows of 4, and a feature pyramid over its stages (4, 8, 16 … pixels).
+    """torchvision's Swin and a feature pyramid over its stages (4, 8, 16 … pixels).
 
     Args:
-        stages: channels of each, in two blocks.
+        stages: channels of each.
         width: channels of the pyramid.
         head: channels of an attention head.
+        depths: blocks of the stages; two of each if not given.
+        window: of attention, in tokens along a side.
     """
 
-    def __init__(self, stages: tuple[int, ...] = STAGES, width: int = WIDTH, head: int = 16) -> None:
+    def __init__(
+        self,
+        stages: tuple[int, ...] = STAGES,
+        width: int = WIDTH,
+        head: int = 16,
+        depths: tuple[int, ...] | None = None,
+        window: int = 4,
+    ) -> None:
         super().__init__()
         from torchvision.models.swin_transformer import SwinTransformer
         from torchvision.ops import FeaturePyramidNetwork
 
-        depths, heads = [2] * len(stages), [channels // head for channels in stages]
-        self.body = SwinTransformer([4, 4], stages[0], depths, heads, [4, 4], stochastic_depth_prob=0.0).features
+        blocks, heads = list(depths or (2,) * len(stages)), [channels // head for channels in stages]
+        swin = SwinTransformer([4, 4], stages[0], blocks, heads, [window, window], stochastic_depth_prob=0.0)
+        self.body = swin.features
         self.fpn = FeaturePyramidNetwork(list(stages), width)
         self.out_channels = width
 
@@ -47,8 +57,22 @@ class SwinPyramid(nn.Module):
         return found
 
 
+def trained_maskrcnn() -> nn.Module:
+    """scene_maskrcnn with the weights that come with vitq, in eval mode."""
+    return trained(scene_maskrcnn, "scenes_maskrcnn")
+
+
+def trained_segformer() -> nn.Module:
+    """scene_segformer with the weights that come with vitq, in eval mode.
+
+    Raises:
+        MissingExtraError: transformers is not installed.
+    """
+    return trained(scene_segformer, "scenes_segformer")
+
+
 def scene_maskrcnn() -> nn.Module:
-    """torchvision's Mask R-CNN over SwinPyramid, its heads made small; 10 classes and background."""
+    """torchvision's Mask R-CNN over SwinPyramid, its heads made small, with fresh weights; 10 classes."""
     from torchvision.models.detection import MaskRCNN
     from torchvision.models.detection.anchor_utils import AnchorGenerator
     from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
@@ -80,7 +104,7 @@ def scene_maskrcnn() -> nn.Module:
 
 
 def scene_segformer() -> nn.Module:
-    """transformers' SegFormer in four small stages; 10 classes and background.
+    """transformers' SegFormer in four small stages, with fresh weights; 10 classes and background.
 
     Raises:
         MissingExtraError: transformers is not installed.
@@ -98,7 +122,7 @@ def scene_segformer() -> nn.Module:
         decoder_hidden_size=128,
         classifier_dropout_prob=0.0,
         drop_path_rate=0.0,
-        num_labels=len(CLASSES) + 1,
+        id2label=dict(enumerate(("background", *CLASSES))),
     )
     model: nn.Module = library.SegformerForSemanticSegmentation(config)
     return model

@@ -16,6 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from vitq.core.errors import UnknownNameError
+from vitq.data.stores import ItemStore
 from vitq.data.zoo.fashion import CLASSES, stored_arrays
 
 Array = NDArray[Any]
@@ -24,6 +26,10 @@ MOST = 5  # items of a scene
 SCALES = (0.9, 2.2)  # of an item's 28 pixels
 OPAQUE = 40  # grey levels from here on belong to an item; darker ones are its background
 VISIBLE = 0.35  # of an item that is less seen than this, nothing is left
+SETS = {
+    "scenes_calib": ("fashion_calib", 0, 300),
+    "scenes_test": ("fashion_test", 1_000_003, 200),
+}  # items, seed, count
 OCTAVES = (4, 16, 64)  # cells of the background's noise along a side
 
 
@@ -86,6 +92,29 @@ class Scenes:
             seen |= inside
         stack = np.stack(masks[::-1]) if masks else np.zeros((0, self.size, self.size), bool)
         return Scene(image.round().astype(np.uint8), stack, np.array(labels[::-1], np.int64))
+
+
+def scene_set(name: str) -> tuple[Scenes, int]:
+    """A set that comes with vitq, and of how many scenes.
+
+    Raises:
+        UnknownNameError: no such set.
+    """
+    if name not in SETS:
+        raise UnknownNameError("zoo scenes", name, list(SETS))
+    items, seed, count = SETS[name]
+    return Scenes(items, seed), count
+
+
+def scene_store(name: str) -> ItemStore:
+    """The photos of a set, for calibration: what is in them is in the files of write_scenes.
+
+    Raises:
+        UnknownNameError: no such set.
+    """
+    scenes, count = scene_set(name)
+    items = [Image.fromarray(scenes[number].image) for number in range(count)]
+    return ItemStore(f"zoo:{name}", items, [f"{number:05}.png" for number in range(count)], None)
 
 
 def write_scenes(folder: Path, scenes: Scenes, count: int) -> None:
