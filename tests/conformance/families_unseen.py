@@ -71,6 +71,27 @@ def _mask2former() -> nn.Module:
     ))  # fmt: skip
 
 
+def _rt_detr() -> nn.Module:
+    """With one query, the best of all places: which of several places with random weights come next is chance."""
+    return transformers.RTDetrForObjectDetection(transformers.RTDetrConfig(
+        backbone_config=transformers.RTDetrResNetConfig(
+            embedding_size=8, hidden_sizes=[8, 16, 16, 32], depths=[1, 1, 1, 1], layer_type="basic",
+            out_features=["stage2", "stage3", "stage4"]),
+        encoder_hidden_dim=32, encoder_in_channels=[16, 16, 32], encoder_ffn_dim=32, encoder_attention_heads=2,
+        d_model=32, num_queries=1, decoder_in_channels=[32, 32, 32], decoder_ffn_dim=32, decoder_layers=2,
+        decoder_attention_heads=2, decoder_n_points=2, hidden_expansion=0.5, num_labels=3, eval_size=None,
+    ))  # fmt: skip
+
+
+def _upernet() -> nn.Module:
+    return transformers.UperNetForSemanticSegmentation(transformers.UperNetConfig(
+        backbone_config=transformers.SwinConfig(
+            image_size=64, patch_size=2, embed_dim=8, depths=[2, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=4,
+            out_features=["stage1", "stage2", "stage3", "stage4"]),
+        hidden_size=16, auxiliary_in_channels=32, auxiliary_channels=8, num_labels=3, pool_scales=[1, 2],
+    ))  # fmt: skip
+
+
 def _dpt(name: str) -> Callable[[], nn.Module]:
     return hf_model(
         name, "DPTConfig", **BASE | {"num_hidden_layers": 4}, backbone_out_indices=[0, 1, 2, 3],
@@ -150,6 +171,8 @@ HF = [
         "GLPNForDepthEstimation", "GLPNConfig", depths=[1, 1, 1, 1], hidden_sizes=[8, 8, 16, 16],
         num_attention_heads=[1, 1, 2, 2], mlp_ratios=[2, 2, 2, 2], decoder_hidden_size=16), size=64),
     Family("hf_mask2former", _mask2former),
+    Family("hf_rt_detr", _rt_detr, size=64, fit_norms=True),
+    Family("hf_upernet_swin", _upernet, size=64),
     Family("hf_levit", hf_model(
         "LevitForImageClassification", "LevitConfig", image_size=64, hidden_sizes=[16, 32, 32],
         num_attention_heads=[2, 2, 2], depths=[1, 1, 1], key_dim=[8, 8, 8], num_labels=10), size=64),
