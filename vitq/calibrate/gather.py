@@ -24,7 +24,7 @@ from vitq.core.progress import Progress
 from vitq.core.qmodel import QuantModel
 from vitq.core.site import Site
 
-SAMPLED = 5 * 2**24  # bytes
+SAMPLED = 9 * 2**24  # bytes
 
 
 def gathered(

@@ -113,10 +113,10 @@ class Judge:
         largest = max(self.operand(side, some).numel(), some.left.numel(), some.made.numel())
         return _Comparison(self._error_of(quantizer, side, some, dims), largest, some.made.numel())
 
-    def error(self) -> float:
-        """Score of both operands quantized as they are now."""
+    def error(self, step: int = 1) -> float:
+        """Score of both operands quantized as they are now, on one in so many rows."""
         total = values = 0.0
-        for chunk in self.chunks:
+        for chunk in (chunk.every(step) for chunk in self.chunks):
             plain, factor = self._plain(chunk)
             made = self.product.multiply(self.model, self._quantized("left", chunk), self._quantized("right", chunk))
             score = self._compared(made.mul_(factor).sub_(plain)[None], chunk, (), 1)
