@@ -29,6 +29,7 @@ FLAGS: dict[str, list[str]] = {
         "--quiet -q",
         "--recipe",
         "--seed",
+        "--size",
         "--top",
         "--trust-code",
     ],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vitq.cli import demo, evaluate, export, inspect, leaderboard, quantize, train, transfer
+from vitq.cli import demo, diagnose, evaluate, export, inspect, leaderboard, quantize, train, transfer
 from vitq.cli.app import app
 
 
@@ -11,4 +11,16 @@ def main() -> None:
     app()
 
 
-__all__ = ["app", "demo", "evaluate", "export", "inspect", "leaderboard", "main", "quantize", "train", "transfer"]
+__all__ = [
+    "app",
+    "demo",
+    "diagnose",
+    "evaluate",
+    "export",
+    "inspect",
+    "leaderboard",
+    "main",
+    "quantize",
+    "train",
+    "transfer",
+]

@@ -1,4 +1,4 @@
-"""vitq evaluate, compare and diagnose: how good a model is, against what, and where the loss comes from."""
+"""vitq evaluate and compare: how good a model is, and against what."""
 
 from __future__ import annotations
 
@@ -14,20 +14,16 @@ from vitq.cli import app as a
 from vitq.cli import tasks, work
 from vitq.cli.console import Say, check_folder, check_outputs, command, write_json
 from vitq.cli.quantize import evaluate as evaluate_both
-from vitq.cli.recipes import parse_options, recipe_of
 from vitq.core.errors import DataError, InputError, UnknownNameError
 from vitq.core.qmodel import QuantModel
 from vitq.data.checkpoint import load_checkpoint
-from vitq.data.images import ImageSet, open_images
+from vitq.data.images import ImageSet
 from vitq.data.preprocess import Preprocess
 from vitq.data.source import build_model
 from vitq.evaluate.classify import ClassifyResult, evaluate_classifier
 from vitq.evaluate.compare import compare as compare_predictions
-from vitq.evaluate.diagnose import GROUPINGS
-from vitq.evaluate.diagnose import diagnose as find_suspects
 from vitq.evaluate.fidelity import fidelity as measure_fidelity
 from vitq.evaluate.predictions import Predictions, read_predictions, write_predictions
-from vitq.pipeline import quantize, resolve
 
 
 def open_target(
@@ -207,63 +203,6 @@ def compare(
     say.table(comparison.rows())
     say.table(comparison.pair_rows())
     write_json(json, comparison.to_json())
-
-
-@a.app.command()
-@command
-def diagnose(
-    target: a.Target,
-    data: Annotated[str, typer.Option(help=f"Images; labels are not needed. {a.DATA_HELP}")],
-    by: Annotated[str, typer.Option(help="What to quantize one at a time: site, role or block.")] = "site",
-    images: Annotated[int, typer.Option(min=1, help="How many images; each group costs one forward of them.")] = 16,
-    checkpoint: a.Checkpoint = None,
-    recipe: a.Recipe = "repq_vit",
-    bits: a.Bits = "w4a4",
-    option: a.Options = None,
-    calib: Annotated[str | None, typer.Option(help="Calibration images, for a MODEL.")] = None,
-    calib_size: a.CalibSize = 32,
-    top: Annotated[int, typer.Option(min=1, help="How many rows to print.")] = 20,
-    seed: a.Seed = 0,
-    device: a.Device = "auto",
-    trust_code: a.TrustCode = False,
-    json: a.Json = None,
-    quiet: a.Quiet = False,
-) -> None:
-    """Quantize one site (or role, or block) at a time and rank them by the KL divergence they cause.
-
-    An artifact needs the float weights it was made from. A model is quantized first.
-
-        vitq diagnose out/ --data photos/ --checkpoint deit_tiny.safetensors --by role
-
-        vitq diagnose deit_tiny_patch16_224 --checkpoint deit_tiny.safetensors --calib photos/ --data photos/
-    """
-    say = Say(quiet)
-    check_outputs(json)
-    if by not in GROUPINGS:
-        raise InputError(f"cannot diagnose by {by!r}; use one of {', '.join(GROUPINGS)}")
-    where = work.choose_device(device)
-    chosen = open_images(data, labels="none").sample(images, seed)
-    chosen.check()
-    if work.is_artifact(target):
-        frozen = load(target, trust_code=trust_code)
-        preprocess = work.preprocess_of(frozen, target)
-        qmodel = load(target, float_model=float_of(frozen, checkpoint, trust_code, say)).to(where)
-    else:
-        if calib is None:
-            raise InputError("a model is quantized first: name calibration images with --calib")
-        options = parse_options(option or ())
-        found = recipe_of(recipe, options)
-        resolve(found, bits, options=options)
-        loaded = work.open_model(target, checkpoint, where, say)
-        preprocess = work.need_preprocess(loaded.preprocess, target)
-        batches, _ = work.calibration(calib, calib_size, seed, preprocess, where, False, say)
-        qmodel = quantize(loaded.model, found, bits, batches, options=options, seed=seed, freeze=False, progress=say)
-    inputs = [b.images.to(where) for b in chosen.batches(preprocess, batch_size=16)]
-    suspects = find_suspects(qmodel, inputs, by, say)
-    say.table(
-        [s.to_json() for s in (*suspects[:-1][:top], suspects[-1])], title=f"quantized alone, by {by}; KL in nats"
-    )
-    write_json(json, {"model": target, "by": by, "images": images, "suspects": [s.to_json() for s in suspects]})
 
 
 def without_calibration(qmodel: QuantModel, images: ImageSet, data: str, say: Say) -> ImageSet:

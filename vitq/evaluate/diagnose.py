@@ -18,6 +18,7 @@ from vitq.evaluate.classify import logits_of
 from vitq.evaluate.metrics import logit_kl, rounded, rounded_small
 
 GROUPINGS = ("site", "role", "block")
+ALL = "(all)"
 
 
 @dataclass(frozen=True)
@@ -56,13 +57,7 @@ def diagnose(
         InputError: unknown grouping.
         VitqError: the float weights are gone.
     """
-    if by not in GROUPINGS:
-        raise InputError(f"cannot diagnose by {by!r}; use one of {', '.join(GROUPINGS)}")
-    groups: dict[str, list[Site]] = {}
-    for site in qmodel.sites():
-        key = {"site": site.id, "role": site.role, "block": site.block or "(outside of blocks)"}[by]
-        groups.setdefault(key, []).append(site)
-    groups["(all)"] = qmodel.sites()
+    groups = groups_of(qmodel, by)
     qmodel.set_state("off")
     try:
         expected = [logits_of(qmodel(x)) for x in images]
@@ -77,6 +72,21 @@ def diagnose(
         qmodel.set_state("on")
     ranked = sorted(found[:-1], key=lambda s: -s.kl if not math.isnan(s.kl) else -math.inf)
     return [*ranked, found[-1]]
+
+
+def groups_of(qmodel: QuantModel, by: str) -> dict[str, list[Site]]:
+    """Sites by the name of their group; all of them come last, as ALL.
+
+    Raises:
+        InputError: unknown grouping.
+    """
+    if by not in GROUPINGS:
+        raise InputError(f"cannot diagnose by {by!r}; use one of {', '.join(GROUPINGS)}")
+    groups: dict[str, list[Site]] = {}
+    for site in qmodel.sites():
+        key = {"site": site.id, "role": site.role, "block": site.block or "(outside of blocks)"}[by]
+        groups.setdefault(key, []).append(site)
+    return groups | {ALL: qmodel.sites()}
 
 
 def _suspect(name: str, sites: int, expected: list[Tensor], found: list[Tensor]) -> Suspect:

@@ -121,6 +121,20 @@ class Segmenter(Photos[Tensor]):
         raise InputError(f"the model returns {type(out).__name__}; a segmenter returns logits (1, classes, h, w).")
 
 
+def reader_of(model: nn.Module, inputs: PhotoInput, device: torch.device, photo: Image) -> Finder | Segmenter:
+    """What reads this model's outputs, judging by what it returns for a photo; with classes as category ids.
+
+    Raises:
+        InputError: neither detections nor logits of pixels.
+    """
+    segmenter = Segmenter(model, inputs, device)
+    out = segmenter.run(photo)
+    if isinstance(out, list) or hasattr(out, "pred_boxes"):
+        return Finder(model, inputs, device, every_class(model))
+    Segmenter.logits(out)
+    return segmenter
+
+
 def largest(logits: Tensor, size: tuple[int, int]) -> Tensor:
     """(H, W) the class of the largest of (C, h, w) logits, enlarged a few classes at a time."""
     best = torch.full(size, -torch.inf, device=logits.device)
@@ -152,6 +166,16 @@ def category_ids(model: nn.Module, categories: Mapping[int, str]) -> list[int]:
     if named or len(names) == len(categories):
         return match_categories(categories, len(names), names if named else None)
     return [-1, *match_categories(categories, len(names) - 1)]  # COCO's 91 classes begin with 0, which nothing has
+
+
+def every_class(model: nn.Module) -> list[int]:
+    """The model's own classes as category ids, where there are no data to match them with.
+
+    Raises:
+        InputError: how many classes the model tells apart is not known.
+    """
+    config = getattr(model, "config", None)
+    return list(range(_torchvision_classes(model) if config is None else len(config.id2label)))
 
 
 def _torchvision_classes(model: nn.Module) -> int:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from vitq.evaluate.detections import Detections
@@ -26,6 +26,21 @@ LEVELS = "backbone"  # the module whose outputs are a detector's pyramid, in tor
 LEAST_OVERLAP = 0.5
 
 
+@dataclass(frozen=True)
+class Watched:
+    """What a model returned for a photo, and the levels of its backbone."""
+
+    out: Any
+    levels: dict[str, Any]
+
+
+def watched(photos: Photos[Any], image: Any) -> Watched:
+    """Run a model on a photo."""
+    levels: dict[str, Any] = {}
+    with _watching(photos.model, levels):
+        return Watched(photos.run(image), levels)
+
+
 class OutputFidelity:
     """Gathers signal and noise of every output that both models give in the same shape, image by image.
 
@@ -37,26 +52,28 @@ class OutputFidelity:
         self.images = 0
         self._powers: dict[str, Power] = {}
 
-    @torch.no_grad()
     def outputs(self, reference: Photos[Any], quantized: Photos[Any], image: Any) -> tuple[Any, Any]:
         """Run both on a photo, compare, and give back what each returned."""
-        made = []
-        for photos in (reference, quantized):
-            levels: dict[str, Any] = {}
-            with _watched(photos.model, levels):
-                made.append((photos.run(image), levels))
-        (expected, its_levels), (found, levels) = made
+        expected, found = watched(reference, image), watched(quantized, image)
+        self.compare(expected, found)
+        return expected.out, found.out
+
+    def compare(self, expected: Watched, found: Watched) -> None:
+        """Take in what both models made of a photo."""
         self.images += 1
-        there = dict(tensors({"": expected, **its_levels}))
-        for name, tensor in tensors({"": found, **levels}):
+        there = dict(tensors({"": expected.out, **expected.levels}))
+        for name, tensor in tensors({"": found.out, **found.levels}):
             wanted = there.get(name)
             if wanted is not None and wanted.shape == tensor.shape and tensor.numel():
                 self._powers.setdefault(name, Power()).add(wanted, tensor)
-        return expected, found
+
+    def sqnr(self) -> dict[str, float]:
+        """By output and level."""
+        return {name: power.sqnr for name, power in self._powers.items()}
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
-        told = [{"output": name, "sqnr": rounded(power.sqnr)} for name, power in self._powers.items()]
+        told = [{"output": name, "sqnr": rounded(value)} for name, value in self.sqnr().items()]
         return {"images": self.images, "outputs": told}
 
 
@@ -108,7 +125,7 @@ def _shown(found: Detections) -> Detections:
 
 
 @contextmanager
-def _watched(model: nn.Module, levels: dict[str, Any]) -> Iterator[None]:
+def _watching(model: nn.Module, levels: dict[str, Any]) -> Iterator[None]:
     try:
         module = model.get_submodule(LEVELS)
     except AttributeError:

@@ -208,6 +208,31 @@ def test_what_cannot_be_evaluated_is_refused(run: Run, world: Path, words: list[
     assert says in answer.error
 
 
+@pytest.mark.parametrize("model", ["detector", "yolos", "segmenter"])
+def test_diagnose_ranks_groups_by_what_is_kept(run: Run, world: Path, tmp_path: Path, model: str) -> None:
+    size = [] if model == "detector" else ["--size", "48"]
+    quantized(run, world, model, tmp_path / "out", *size)
+    words = ("--data", str(world / "photos"), "--images", "6", "--by", "role")
+    answer = run("diagnose", str(tmp_path / "out"), *words, "--trust-code", json_file=True)
+    assert answer.code == 0, answer.err
+    *groups, whole = answer.json["suspects"]
+    assert whole["name"] == "(all)"
+    assert sum(group["sites"] for group in groups) == whole["sites"]
+    kept = [group["kept"] for group in groups if group["kept"] is not None]
+    assert kept == sorted(kept)
+    levels = {"detector": {"backbone.0", "backbone.1"}, "yolos": {"logits", "pred_boxes"}, "segmenter": {"logits"}}
+    assert levels[model] <= set(whole["sqnr"])
+    # All of it is what evaluate measures on the same photos.
+    task = "segment" if model == "segmenter" else "detect"
+    told = evaluated(run, world, str(tmp_path / "out"), task, "--fidelity").json["fidelity"]
+    assert {each["output"]: each["sqnr"] for each in told["outputs"]} == whole["sqnr"]
+    if model != "segmenter":
+        assert told["found_again"] == whole["kept"]
+    asked = run("diagnose", f"{world / 'models.py'}:{model}", *words, "--recipe", "minmax", "--bits", "w8a8", "--calib",
+                str(world / "others"), "--calib-size", "4", *size, json_file=True)  # fmt: skip
+    assert asked.json["suspects"] == answer.json["suspects"]
+
+
 def test_a_list_of_images_cannot_be_exported(run: Run, world: Path, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     quantized(run, world, "detector", tmp_path / "out")
@@ -220,7 +245,6 @@ def test_classifiers_and_detectors_are_not_taken_for_one_another(run: Run, world
     answer = run("evaluate", str(tmp_path / "out"), "--data", str(world / "photos"), "--trust-code")
     assert "at their own sizes" in answer.error
     for command, *words in (
-        ("diagnose", "--data", world / "photos", "--images", 2),
         ("transfer", "--data", world / "photos"),
         ("export", "--data", world / "photos", "--out", tmp_path / "m.onnx"),
     ):
