@@ -1,4 +1,4 @@
-"""Writes the tables of README.md from results/*.csv, and the pages of docs/methods also from docstrings.
+"""Writes the tables of README.md and docs/ from results/*.csv, and the pages of docs/methods also from docstrings.
 
 A section whose CSV file is missing is left as it is. A recipe or modifier without a page gets one.
 """
@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from detection_tables import detection, detection_cost, scene_models
 from method_pages import INDEX, pages, skeleton
 
 from vitq.core.errors import VitqError
@@ -133,10 +134,15 @@ def origin(rows: Sequence[Row]) -> str:
     return f"Measured at {'; '.join(told)}."
 
 
-SECTIONS: dict[str, Callable[[Path], str | None]] = {"accuracy": accuracy, "speed": speed}
+Sections = dict[str, Callable[[Path], str | None]]
+SECTIONS: Sections = {"accuracy": accuracy, "speed": speed}
+DOCS: dict[str, Sections] = {
+    "detection.md": {"detection": detection, "detection_cost": detection_cost},
+    "zoo.md": {"scene_models": scene_models},
+}
 
 
-def filled(page: Path, sections: dict[str, Callable[[Path], str | None]], results: Path, check: bool) -> bool:
+def filled(page: Path, sections: Sections, results: Path, check: bool) -> bool:
     """Put the tables of a page into it, unless it is only checked; whether they were others before."""
     new = not page.exists() and page.name != INDEX
     before = "" if new else page.read_text(encoding="utf-8")
@@ -168,6 +174,8 @@ def main() -> int:
     wanted = {args.readme: SECTIONS}
     if args.methods is not None or args.readme == ROOT / "README.md":
         wanted |= pages(args.methods or ROOT / "docs" / "methods")
+    if args.readme == ROOT / "README.md":
+        wanted |= {ROOT / "docs" / name: sections for name, sections in DOCS.items()}
     try:
         stale = [page for page, sections in wanted.items() if filled(page, sections, args.results, args.check)]
         if args.check and stale:

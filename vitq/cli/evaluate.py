@@ -18,6 +18,7 @@ from vitq.core.errors import DataError, InputError, UnknownNameError
 from vitq.core.qmodel import QuantModel
 from vitq.data.checkpoint import load_checkpoint
 from vitq.data.images import ImageSet
+from vitq.data.native import photo_input
 from vitq.data.preprocess import Preprocess
 from vitq.data.source import build_model
 from vitq.evaluate.classify import ClassifyResult, evaluate_classifier
@@ -32,6 +33,8 @@ def open_target(
     """The model, its float model where there is one, and its preprocessing and class count."""
     if not work.is_artifact(target):
         loaded = work.open_model(target, checkpoint, device, say)
+        if loaded.preprocess is None and photo_input(loaded.model):
+            raise work.takes_photos(target)
         return loaded.model, None, work.need_preprocess(loaded.preprocess, target), loaded.num_classes
     qmodel = load(target, trust_code=trust_code).to(device)
     preprocess = work.preprocess_of(qmodel, target)

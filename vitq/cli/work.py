@@ -74,11 +74,16 @@ def preprocess_of(qmodel: QuantModel, target: str) -> Preprocess:
     """
     stored = qmodel.preprocess or {}
     if "form" in stored:
-        raise InputError(
-            f"{target} takes photos at their own sizes, as detectors and segmenters do: use vitq evaluate with --task "
-            f"detect, instances or segment; other commands cannot feed it yet"
-        )
+        raise takes_photos(target)
     return need_preprocess(Preprocess.from_dict(stored) if stored else None, target)
+
+
+def takes_photos(target: str) -> InputError:
+    """What to say where a detector or segmenter is not served."""
+    return InputError(
+        f"{target} takes photos at their own sizes, as detectors and segmenters do: use vitq evaluate with --task "
+        f"detect, instances or segment, or vitq diagnose; other commands cannot feed it yet"
+    )
 
 
 def calibration(

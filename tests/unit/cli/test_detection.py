@@ -258,6 +258,16 @@ def test_classifiers_and_detectors_are_not_taken_for_one_another(run: Run, world
     assert "measure it with vitq evaluate" in answer.error
 
 
+def test_scenes_that_come_with_vitq_need_no_files(run: Run, tmp_path: Path) -> None:
+    words = ("zoo:scenes_maskrcnn", "--task", "instances")
+    told = run("evaluate", *words, "--data", "zoo:scenes_test", "--limit", "6", json_file=True).json
+    assert told["images"] == 6
+    assert told["box_ap"] > 40
+    assert "leave --images out" in run("evaluate", *words, "--data", "zoo:scenes_test", "--images", str(tmp_path)).error
+    assert "scenes_test" in run("evaluate", *words, "--data", "zoo:scenes_tset").error
+    assert "at their own sizes" in run("evaluate", "zoo:scenes_maskrcnn", "--data", "zoo:fashion_test").error
+
+
 @pytest.mark.real
 def test_photos_of_coco_at_their_own_sizes(run: Run, world: Path, shared: Path, tmp_path: Path) -> None:
     root = shared / "data" / "coco128"
