@@ -165,7 +165,7 @@ def possible() -> bool:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether two outputs are equal, up to the rounding of kernels that depends on where tensors lie in memory."""
+    """Whether two outputs are equal up to rounding: attention that nobody watches inside runs as one fused kernel."""
     (first, kind), (second, other_kind) = pytree.tree_flatten(one), pytree.tree_flatten(other)
     return kind == other_kind and all(_alike(a, b) for a, b in zip(first, second, strict=True))
 
