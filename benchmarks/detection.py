@@ -89,9 +89,10 @@ def swin_t_detector() -> nn.Module:
 def cost(what: str, recipe: str, count: int) -> dict[str, Any]:
     """One run, in this process."""
     import vitq
+    from vitq.cli import work
+    from vitq.cli.console import Say
     from vitq.data.native import photo_input
     from vitq.data.source import load_model
-    from vitq.data.zoo.scenes import scene_store
 
     torch.set_num_threads(1)
     data: Any
@@ -101,7 +102,7 @@ def cost(what: str, recipe: str, count: int) -> dict[str, Any]:
         model = load_model(f"zoo:scenes_{what}").model
         inputs = photo_input(model, 128 if what == "segformer" else None)
         assert inputs is not None
-        data = [inputs(image) for image in scene_store("scenes_calib").items[:count]]
+        data, _ = work.photos("zoo:scenes_calib", count, 0, inputs, torch.device("cpu"), False, Say(quiet=True))
     with torch.no_grad():
         run(model, next(iter(data)))
         start = time.perf_counter()

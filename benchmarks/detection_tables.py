@@ -67,7 +67,8 @@ def detection_cost(folder: Path) -> str | None:
         for row in rows
     ]
     where = f"commit {_several(rows, 'commit')}, {rows[0]['cpu']}, {rows[0]['threads']} thread"
-    return f"{markdown_table(table, list(table[0]))}\n\nImages one by one; peaks are of the whole process; {where}."
+    how = "Scenes in batches of 8, photos one by one; peaks are of the whole process"
+    return f"{markdown_table(table, list(table[0]))}\n\n{how}; {where}."
 
 
 def scene_models(folder: Path) -> str | None:

@@ -161,7 +161,8 @@ def possible() -> bool:
     """Whether another thread would compute the same: not under modes that belong to this one."""
     modes = torch._C._len_torch_function_stack() + torch._C._len_torch_dispatch_stack()
     autocast = any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda"))
-    return not (autocast or modes or torch.is_inference_mode_enabled())
+    cuda = torch.cuda.is_initialized() and torch.cuda.current_stream() != torch.cuda.default_stream()
+    return not (autocast or modes or cuda or torch.is_inference_mode_enabled())
 
 
 def same(one: Any, other: Any) -> bool:

@@ -122,7 +122,9 @@ def not_calibrated(qmodel: QuantModel, images: ImageSet) -> list[int]:
 def photos(
     data: str, size: int, seed: int, inputs: PhotoInput, device: torch.device, skip_bad: bool, say: Say
 ) -> tuple[Batches, ImageSet]:
-    """Sample calibration photos at their own sizes. They are decoded again for every go, so that memory stays flat.
+    """Sample calibration photos at their own sizes, those alike in batches.
+
+    They are decoded again for every go, so that memory stays flat.
 
     Raises:
         DataError: fewer photos than asked, or unreadable ones (none left, with skip_bad).
@@ -133,10 +135,12 @@ def photos(
     if not len(images):
         raise DataError(f"no readable image in {data}")
 
-    def stream() -> Iterator[Any]:
-        return (moved(inputs(images.photo(position)), device) for position in range(len(images)))
+    groups = inputs.alike(images.photo(position) for position in range(len(images)))
 
-    return Batches(stream, [1] * len(images)), images
+    def stream() -> Iterator[Any]:
+        return (moved(inputs.batch([images.photo(position) for position in group]), device) for group in groups)
+
+    return Batches(stream, [len(group) for group in groups]), images
 
 
 def _readable(images: ImageSet) -> ImageSet:

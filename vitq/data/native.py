@@ -1,12 +1,12 @@
 """Photos at their own sizes as detectors and segmenters take them; stored in every artifact of one.
 
 Shapes:  form "list"           a list of images (3, H, W) in [0, 1]: the model resizes and normalises (torchvision)
-         form "pixel_values"   one tensor (1, 3, h, w), resized and normalised, for transformers
+         form "pixel_values"   one tensor (B, 3, h, w), resized and normalised, for transformers
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from inspect import signature
 from typing import TYPE_CHECKING, Any
@@ -23,16 +23,17 @@ if TYPE_CHECKING:
 FORMS = ("list", "pixel_values")
 SHORTEST, LONGEST = 800, 1333  # of DETR and those after it
 SEGMENTED = 512  # height and width of SegFormer's images
+TOGETHER, PIXELS = 8, 2**19  # photos of one batch at most, and how large they may be in all
 TORCHVISION = "GeneralizedRCNNTransform"  # what resizes and normalises inside of torchvision's detectors
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
 class PhotoInput:
-    """How a photo becomes a model's input, a batch of one: so nothing is padded.
+    """How photos become a model's input: alone, or with others of the same size, so that nothing is padded.
 
     Attributes:
-        form: one of FORMS; the rest is for "pixel_values".
+        form: one of FORMS. With "list", the model does the rest, and shortest and longest say what it does.
         shortest, longest: pixels that the shorter side becomes, unless the longer one came to be longer than that.
         square: instead, height and width of every image, in pixels.
         mean, std: of values in [0, 1].
@@ -71,13 +72,31 @@ class PhotoInput:
         Args:
             image: RGB.
         """
-        if self.form == "list":
-            return [_tensor(image)]
-        pixels = _tensor(image.resize(self._size(image), resample=2))
-        mean, std = (torch.tensor(v).reshape(3, 1, 1) for v in (self.mean, self.std))
-        return {"pixel_values": ((pixels - mean) / std)[None]}
+        return self.batch([image])
 
-    def _size(self, image: Image) -> tuple[int, int]:
+    def batch(self, images: Sequence[Image]) -> Any:
+        """A batch of RGB photos that are alike."""
+        if self.form == "list":
+            return [_tensor(image) for image in images]
+        mean, std = (torch.tensor(v).reshape(3, 1, 1) for v in (self.mean, self.std))
+        pixels = [(_tensor(image.resize(self.size(image), resample=2)) - mean) / std for image in images]
+        return {"pixel_values": torch.stack(pixels)}
+
+    def alike(self, images: Iterable[Image]) -> list[list[int]]:
+        """Positions of photos, in order, that go together: of one size, and so few that they fit where one does."""
+        groups: list[list[int]] = []
+        before: Any = None
+        for position, image in enumerate(images):
+            width, height = self.size(image)
+            kind = image.size if self.form == "list" else (width, height)
+            if kind == before and len(groups[-1]) < min(TOGETHER, PIXELS // (width * height)):
+                groups[-1].append(position)
+            else:
+                groups.append([position])
+            before = kind
+        return groups
+
+    def size(self, image: Image) -> tuple[int, int]:
         """(width, height) after resizing."""
         if self.square is not None:
             return self.square, self.square
@@ -95,10 +114,11 @@ def photo_input(model: nn.Module, size: int | None = None) -> PhotoInput | None:
     Raises:
         InputError: a size is given, and the model resizes photos itself.
     """
-    if type(getattr(model, "transform", None)).__name__ == TORCHVISION:
+    transform: Any = getattr(model, "transform", None)
+    if type(transform).__name__ == TORCHVISION:
         if size is not None:
             raise InputError("torchvision's detectors resize photos themselves: set min_size where the model is built")
-        return PhotoInput("list")
+        return PhotoInput("list", shortest=int(transform.min_size[-1]), longest=int(transform.max_size))
     if not hasattr(model, "config") or "pixel_values" not in signature(model.forward).parameters:
         return None
     name = type(model).__name__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -114,6 +115,23 @@ def test_photos_become_inputs_as_the_library_prepares_them() -> None:
         with pytest.raises(InputError, match="photos"):
             PhotoInput.from_dict(bad)
     assert photo_input(nn.Identity()) is None
+
+
+def test_photos_go_together_where_nothing_is_padded_and_they_are_few() -> None:
+    def photo(width: int, height: int) -> Image.Image:
+        return Image.new("RGB", (width, height))
+
+    small = replace(LIST, shortest=128, longest=128)
+    scenes = [photo(128, 128)] * 10
+    assert small.alike([*scenes, photo(64, 128), photo(128, 128)]) == [[*range(8)], [8, 9], [10], [11]]
+    assert LIST.alike(scenes[:2]) == [[0], [1]]  # the model makes 800 x 800 pixels of each
+    # One size for the model, of photos that differ: a list of them would be padded, resized tensors are not.
+    mixed = [photo(100, 80), photo(50, 40), photo(50, 40)]
+    assert replace(LIST, shortest=64).alike(mixed) == [[0], [1, 2]]
+    resized = PhotoInput("pixel_values", shortest=64)
+    assert resized.alike(mixed) == [[0, 1, 2]]
+    assert resized.batch(mixed)["pixel_values"].shape == (3, 3, 64, 80)
+    assert PhotoInput("pixel_values", square=512).alike(mixed) == [[0, 1], [2]]
 
 
 def test_what_the_float_model_found_is_looked_for_again() -> None:
