@@ -25,6 +25,7 @@ COST_KEY = ("what", "model", "recipe", "bits", "images")
 MODELS = {"maskrcnn": "instances", "segformer": "segment"}
 RECIPES = ("minmax", "percentile", "repq_vit", "dopq_vit", "apq_vit", "vitq_calib")
 BITS = ("w8a8", "w6a6", "w4a4")
+WHATS = ("maskrcnn", "segformer", "photos")
 CALIBRATION = 32
 PHOTOS, HEIGHT, WIDTH = 4, 800, 1333
 
@@ -125,35 +126,10 @@ def run(model: nn.Module, batch: Any) -> Any:
     return model(**batch) if isinstance(batch, dict) else model(batch)
 
 
-def main() -> int:
-    """Entry point: what is there already at this commit is not done again."""
+def table(args: argparse.Namespace) -> None:
+    """Every row that this commit has not measured."""
     from vitq.report.table import append_rows, read_results
 
-    options = parser(__doc__, "example: python benchmarks/detection.py table --recipes minmax", shared=False)
-    options.add_argument("part", choices=("table", "cost"))
-    options.add_argument("--models", nargs="+", choices=sorted(MODELS), default=list(MODELS))
-    options.add_argument("--recipes", nargs="+", default=None)
-    options.add_argument("--bits", nargs="+", default=BITS)
-    options.add_argument("--seeds", nargs="+", type=int, default=[0])
-    options.add_argument("--whats", nargs="+", choices=("maskrcnn", "segformer", "photos"))
-    options.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
-    args = options.parse_args()
-    if args.one:
-        what, recipe, count = args.one
-        print(json.dumps(cost(what, recipe, int(count))))
-        return 0
-    if args.part == "cost":
-        file, recipes = results_folder(args) / "detection_cost.csv", args.recipes or ("minmax", "repq_vit")
-        whats = args.whats or ("maskrcnn", "segformer", "photos")
-        steps = Steps(len(whats) * len(recipes))
-        for what in whats:
-            count = 2 if args.quick else PHOTOS if what == "photos" else CALIBRATION
-            for recipe in recipes:
-                row = json.loads(fresh([__file__, "cost", "--one", what, recipe, str(count)]))
-                append_rows(file, [row | provenance()], COST_KEY)
-                memory = f"{row['peak_mb']} MB after {row['float_peak_mb']}"
-                steps.step(f"{what} {recipe}: {row['forwards']} forwards, {memory}")
-        return 0
     file, recipes = results_folder(args) / "detection.csv", args.recipes or RECIPES
     grid = [(m, b, r, s) for m in args.models for b in args.bits for r in recipes for s in args.seeds]
     known = {tuple(row[name] for name in (*KEY, "commit")) for row in (read_results(file) if file.exists() else [])}
@@ -164,9 +140,44 @@ def main() -> int:
             continue
         row = table_row(name, recipe, bits, seed, 4 if args.quick else None)
         append_rows(file, [row | about], KEY)
-        value, reference = (row.get(key, row.get(other)) for key, other in (("box_ap", "miou"),
-                            ("box_ap_float", "miou_float")))  # fmt: skip
-        steps.step(f"{name} {recipe} {bits} seed {seed}: {value} of {reference}, {row['cost']} forwards")
+        key = "box_ap" if "box_ap" in row else "miou"
+        steps.step(f"{name} {recipe} {bits} seed {seed}: {key} {row[key]} of {row[f'{key}_float']}, cost {row['cost']}")
+
+
+def costs(args: argparse.Namespace) -> None:
+    """Each in a fresh process."""
+    from vitq.report.table import append_rows
+
+    file, recipes = results_folder(args) / "detection_cost.csv", args.recipes or ("minmax", "repq_vit")
+    steps = Steps(len(args.whats) * len(recipes))
+    for what in args.whats:
+        count = 2 if args.quick else PHOTOS if what == "photos" else CALIBRATION
+        for recipe in recipes:
+            row = json.loads(fresh([__file__, "cost", "--one", what, recipe, str(count)]))
+            append_rows(file, [row | provenance()], COST_KEY)
+            memory = f"{row['peak_mb']} MB after {row['float_peak_mb']}"
+            steps.step(f"{what} {recipe}: {row['forwards']} forwards, {memory}")
+
+
+def main() -> int:
+    """Entry point: rows of the table that are there already at this commit are not done again."""
+    options = parser(__doc__, "example: python benchmarks/detection.py table --recipes minmax", shared=False)
+    options.add_argument("part", choices=("table", "cost", "all"), nargs="?", default="all")
+    options.add_argument("--models", nargs="+", choices=sorted(MODELS), default=list(MODELS))
+    options.add_argument("--recipes", nargs="+", default=None)
+    options.add_argument("--bits", nargs="+", default=BITS)
+    options.add_argument("--seeds", nargs="+", type=int, default=[0])
+    options.add_argument("--whats", nargs="+", choices=WHATS, default=WHATS)
+    options.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    args = options.parse_args()
+    if args.one:
+        what, recipe, count = args.one
+        print(json.dumps(cost(what, recipe, int(count))))
+        return 0
+    if args.part != "cost":
+        table(args)
+    if args.part != "table":
+        costs(args)
     return 0
 
 

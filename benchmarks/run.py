@@ -37,6 +37,7 @@ def plan(args: argparse.Namespace, out: Path) -> dict[str, list[str]]:
     if out != ROOT / "results":  # such numbers are not for the pages
         common += ["--out", str(out)]
     scripts = {"speed.py": common, "calibration_memory.py": [*quick, "--out", str(out)], "zoo_statistics.py": common}
+    scripts["detection.py"] = [*quick, "--out", str(out)]
     if shared.missing:
         skip(", ".join(ON_PHOTOS), f"they need weights, photos and stored predictions: {shared.missing}")
     else:
