@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from vitq.graph.ops import PRODUCTS, Product
 
@@ -108,8 +109,8 @@ class _Recorder(TorchFunctionMode):
         super().__init__()
         self.log = Record()
         self.stack: list[tuple[str, dict[str, int]]] = []
-        self._numbers: dict[int, int] = {}
-        self._alive: list[Tensor] = []  # keeps ids from being used again
+        self._numbers = WeakTensorKeyDictionary()  # a record must not hold what a forward lets go of
+        self._count = 0
         self._dynamic: set[int] = set()
         self._outside: dict[str, int] = {}
         for name, param in model.named_parameters(remove_duplicate=True):
@@ -119,14 +120,12 @@ class _Recorder(TorchFunctionMode):
         self._dynamic |= self.log.inputs
 
     def number(self, tensor: Tensor) -> int:
-        if id(tensor) not in self._numbers:
-            self._new_number(tensor)
-        return self._numbers[id(tensor)]
+        known: int | None = self._numbers.get(tensor)
+        return self._new_number(tensor) if known is None else known
 
     def _new_number(self, tensor: Tensor) -> int:
-        number = len(self._alive)
-        self._alive.append(tensor)
-        self._numbers[id(tensor)] = number
+        number, self._count = self._count, self._count + 1
+        self._numbers[tensor] = number
         self.log.shapes[number] = tuple(tensor.shape)
         return number
 
@@ -176,8 +175,7 @@ class _Recorder(TorchFunctionMode):
 
     def _sharing(self, written: list[Tensor]) -> list[Tensor]:
         storages = {_storage(t) for t in written}
-        numbered = {id(t): t for t in self._alive}
-        return [t for t in numbered.values() if _storage(t) in storages]
+        return [t for t in self._numbers.keys() if _storage(t) in storages]  # noqa: SIM118  what is iterated is weak
 
     def _note_product(self, node: Node, func: Any, args: Any, kwargs: Any) -> None:
         product = PRODUCTS.get(func)
@@ -204,7 +202,7 @@ class _Recorder(TorchFunctionMode):
             if not self.stack:
                 # What the caller made of an example without tensors, or of an array in it, is an input as well.
                 given, all_of_them = _tensors((args, kwargs)), not self.log.inputs
-                fresh = {self.number(t) for t in given if all_of_them or id(t) not in self._numbers}
+                fresh = {self.number(t) for t in given if all_of_them or t not in self._numbers}
                 self.log.inputs |= fresh
                 self._dynamic |= fresh
             self.stack.append((name, {}))
