@@ -1,4 +1,4 @@
-"""Train the detector and the segmenter of procedural scenes and write them into the package.
+"""Train the detector or the segmenter of procedural scenes and write it into the package.
 
     python tools/train_scenes.py maskrcnn|segformer [--data FOLDER of Fashion-MNIST's idx .gz files]
 

@@ -62,15 +62,6 @@ def trained_maskrcnn() -> nn.Module:
     return trained(scene_maskrcnn, "scenes_maskrcnn")
 
 
-def trained_segformer() -> nn.Module:
-    """scene_segformer with the weights that come with vitq, in eval mode.
-
-    Raises:
-        MissingExtraError: transformers is not installed.
-    """
-    return trained(scene_segformer, "scenes_segformer")
-
-
 def scene_maskrcnn() -> nn.Module:
     """torchvision's Mask R-CNN over SwinPyramid, its heads made small, with fresh weights; 10 classes."""
     from torchvision.models.detection import MaskRCNN
