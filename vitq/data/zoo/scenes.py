@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from vitq.core.errors import UnknownNameError
 from vitq.data.stores import ItemStore
@@ -112,6 +111,8 @@ def scene_store(name: str) -> ItemStore:
     Raises:
         UnknownNameError: no such set.
     """
+    from PIL import Image
+
     scenes, count = scene_set(name)
     items = [Image.fromarray(scenes[number].image) for number in range(count)]
     return ItemStore(f"zoo:{name}", items, [f"{number:05}.png" for number in range(count)], None)
@@ -122,6 +123,8 @@ def write_scenes(folder: Path, scenes: Scenes, count: int) -> None:
 
     Category ids are labels + 1, as are the classes of pixels.
     """
+    from PIL import Image
+
     images, objects = [], []
     for name in ("photos", "masks"):
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -159,6 +162,8 @@ def _runs(mask: Array) -> list[int]:
 
 def _texture(draw: np.random.Generator, size: int) -> Array:
     """(S, S, 3) float: noise of several grains around a colour."""
+    from PIL import Image
+
     image = np.empty((size, size, 3), np.float64)
     image[:] = draw.uniform(40, 150, 3)
     for cells in OCTAVES:
@@ -174,6 +179,8 @@ def _paste(image: Array, item: Array, draw: np.random.Generator) -> Array:
     Returns:
         (S, S) bool: where it is.
     """
+    from PIL import Image
+
     size, side = len(image), round(len(item) * float(draw.uniform(*SCALES)))
     grey = np.asarray(Image.fromarray(item).resize((side, side), Image.Resampling.BILINEAR))
     grey = grey[:, ::-1] if draw.random() < 0.5 else grey
