@@ -23,7 +23,7 @@ def detection(folder: Path) -> str | None:
     parts = []
     for model in dict.fromkeys(row["model"] for row in rows):
         of_model = sorted((r for r in rows if r["model"] == model), key=lambda r: ORDER.index(r["bits"]))
-        shown = {key: name for key, name in MEASURES.items() if of_model[0][key]}
+        shown = {key: name for key, name in MEASURES.items() if of_model[0].get(key)}
         table = [
             {
                 "bits": row["bits"],
