@@ -109,7 +109,7 @@ def not_reached(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("quantize was reached")
 
     monkeypatch.setattr(vitq.cli.quantize, "quantize", reached)
-    monkeypatch.setattr(vitq.cli.evaluate, "quantize", reached)
+    monkeypatch.setattr(vitq.cli.diagnose, "quantize", reached)
 
 
 @pytest.fixture
