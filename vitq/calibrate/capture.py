@@ -26,7 +26,7 @@ from torch import Tensor
 
 from vitq.calibrate.blocks import Stop, call_block, stream_blocks
 from vitq.calibrate.heap import give_back
-from vitq.calibrate.lockstep import MOST, Lockstep, Room, possible, same
+from vitq.calibrate.lockstep import Lockstep, Room, most, possible
 from vitq.core.batches import Batches, device_of, first_of, leading_size, split
 from vitq.core.progress import Progress, Task
 from vitq.core.qmodel import QuantModel
@@ -130,6 +130,25 @@ def _finish_as_reached(
         _observe_with(qmodel, site, partial(finish, site))
 
 
+class _Seen:
+    """What forwards have at sites, in a few numbers each; they may take turns, each in a thread of its own."""
+
+    def __init__(self) -> None:
+        self.values: dict[int, list[tuple[Any, ...]]] = {}
+        self._running: dict[int, int] = {}
+
+    def begin(self, number: int) -> None:
+        """This thread runs the forward of that number from now on."""
+        self._running[threading.get_ident()] = number
+        self.values[number] = []
+
+    def note(self, site: Site, x: Tensor) -> None:
+        """Take in a site's tensor."""
+        wide = x.detach().float()
+        told = site.id, tuple(x.shape), float(wide.sum()), float(torch.linalg.vector_norm(wide))
+        self.values[self._running[threading.get_ident()]].append(told)
+
+
 class _Stages:
     """The quantized prefix over several micro-batches: one site after the other, block by block."""
 
@@ -169,25 +188,34 @@ class _Stages:
         return self.data.forward(self.qmodel.model, batch)
 
     def _separate(self) -> bool:
-        """Whether two forwards that wait for one another compute what each does alone.
+        """Whether two forwards that wait for one another see at every site what each sees alone.
 
         Some models keep things on their modules on the way through.
         """
-        if len(self.data.sizes) > MOST or not possible():
+        if len(self.data.sizes) > most() or not possible():
             return False
         examples = [first_of(batch) for batch in islice(self.data, 2)]
-        alone, found = [self._forward(example) for example in examples], dict[int, Any]()
+        alone, together = _Seen(), _Seen()
+        with self._observed(lambda site: partial(alone.note, site)):
+            for number, example in enumerate(examples):
+                alone.begin(number)
+                self._forward(example)
         lockstep, order = Lockstep(self._room()), list(self.pending)
 
         def run(number: int) -> None:
-            found[number] = self._forward(examples[number])
+            together.begin(number)
+            self._forward(examples[number])
+
+        def look(site: Site, x: Tensor) -> None:
+            together.note(site, x)
+            lockstep.pause(site.id)
 
         try:
-            with self._observed(lambda site: lambda x: lockstep.pause(site.id)):
+            with self._observed(lambda site: partial(look, site)):
                 lockstep.run([partial(run, n) for n in range(2)], lambda places: min(places, key=order.index))
         except Exception:  # of a model that two at a time confuse; any other comes again
             return False
-        return len(found) == 2 and all(same(found[n], alone[n]) for n in range(2))
+        return alone.values == together.values
 
     def _room(self, most: int | None = None) -> Room:
         return Room(device_of(self.qmodel.model), most)

@@ -11,14 +11,11 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from vitq.calibrate.blocks import Stop
-from vitq.calibrate.heap import available, held
+from vitq.calibrate.heap import GROUP, available, held
 
-MOST = 64  # forwards at a time: each thread brings its own pool of workers
-ROUNDING = 1e-4  # of the largest value
+MOST, THREADS = 64, 1024  # forwards at a time, and threads of all of them with their pools
 SHARE = 4  # one part in so many of the memory that was there may be held by waiting forwards
 
 
@@ -72,7 +69,7 @@ class Lockstep:
         """Run each to its end, or until it does not fit any more.
 
         Args:
-            runs: forwards, MOST at most, begun in this order.
+            runs: forwards, `most()` of them at most, begun in this order.
             choose: (places where some wait) -> the place whose forwards go on, in the order in which they came there;
                 None to stop all of them.
         """
@@ -165,16 +162,15 @@ def possible() -> bool:
     return not (autocast or modes or cuda or torch.is_inference_mode_enabled())
 
 
-def same(one: Any, other: Any) -> bool:
-    """Whether two outputs are equal up to rounding: attention that nobody watches inside runs as one fused kernel."""
-    (first, kind), (second, other_kind) = pytree.tree_flatten(one), pytree.tree_flatten(other)
-    return kind == other_kind and all(_alike(a, b) for a, b in zip(first, second, strict=True))
+def most() -> int:
+    """Forwards at a time: each thread brings its own pool of workers, and a container may allow few of them."""
+    return min(MOST, min(THREADS, _spare_threads()) // torch.get_num_threads())
 
 
-def _alike(a: Any, b: Any) -> bool:
-    if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
-        return type(a) is type(b)
-    if a.shape != b.shape or not a.is_floating_point():
-        return torch.equal(a, b)
-    largest = float(a.nan_to_num(posinf=0.0, neginf=0.0).abs().max()) if a.numel() else 0.0
-    return torch.allclose(a, b, rtol=0, atol=ROUNDING * largest, equal_nan=True)
+def _spare_threads() -> int:
+    """Half of those that the container still allows."""
+    try:
+        limit, used = (int((GROUP / name).read_text()) for name in ("pids.max", "pids.current"))
+    except (OSError, ValueError):  # no container, or one without a limit ("max")
+        return THREADS
+    return (limit - used) // 2
