@@ -14,7 +14,7 @@ from vitq.cli.evaluate import float_of
 from vitq.cli.recipes import parse_options, recipe_of
 from vitq.core.errors import InputError
 from vitq.data.images import open_images
-from vitq.data.native import PhotoInput, photo_input
+from vitq.data.native import PhotoInput
 from vitq.data.preprocess import Preprocess
 from vitq.evaluate.diagnose import GROUPINGS
 from vitq.evaluate.diagnose import diagnose as find_suspects
@@ -67,6 +67,7 @@ def diagnose(
     chosen.check()
     prepare: Preprocess | PhotoInput
     if work.is_artifact(target):
+        work.no_size(size)
         frozen = load(target, trust_code=trust_code)
         qmodel = load(target, float_model=float_of(frozen, checkpoint, trust_code, say)).to(where)
         stored = frozen.preprocess or {}
@@ -78,7 +79,7 @@ def diagnose(
         found = recipe_of(recipe, options)
         resolve(found, bits, options=options)
         loaded = work.open_model(target, checkpoint, where, say)
-        prepare = photo_input(loaded.model, size) or work.need_preprocess(loaded.preprocess, target)
+        prepare = work.input_of(loaded, target, size)
         if isinstance(prepare, PhotoInput):
             batches, _ = work.photos(calib, calib_size, seed, prepare, where, False, say)
         else:

@@ -21,7 +21,7 @@ from vitq.core.errors import InputError
 from vitq.core.qmodel import QuantModel
 from vitq.core.training import TrainingPass
 from vitq.data.images import ImageSet
-from vitq.data.native import PhotoInput, photo_input
+from vitq.data.native import PhotoInput
 from vitq.data.preprocess import Preprocess
 from vitq.evaluate.classify import PairResult, evaluate_pair
 from vitq.evaluate.cost import float_forward_seconds
@@ -77,16 +77,12 @@ def quantize_command(
     check_destination(out, force=force)
     where = work.choose_device(device)
     loaded = work.open_model(model, checkpoint, where, say)
-    preprocess: Preprocess | PhotoInput
-    if takes_photos := photo_input(loaded.model, size):
+    preprocess = work.input_of(loaded, model, size)
+    if isinstance(preprocess, PhotoInput):
         if eval_data is not None:
             raise InputError(f"{model} finds things in photos: measure it with vitq evaluate {out} --task … instead")
-        preprocess = takes_photos
-        data, images = work.photos(calib, calib_size, seed, takes_photos, where, skip_bad, say)
+        data, images = work.photos(calib, calib_size, seed, preprocess, where, skip_bad, say)
     else:
-        preprocess = work.need_preprocess(loaded.preprocess, model)
-        if size is not None:
-            raise InputError(f"--size is for detectors and segmenters of transformers, which {model} is not")
         data, images = work.calibration(calib, calib_size, seed, preprocess, where, skip_bad, say)
     scored = work.evaluation(eval_data, images, loaded.num_classes, skip_bad, say) if eval_data else None
     say.note("passes: " + ", ".join(map(str, asked.plan.passes)))

@@ -107,8 +107,7 @@ def _open(asked: Asked, float_of: Callable[..., nn.Module], say: Say) -> Opened:
         loaded = work.open_model(asked.target, asked.checkpoint, asked.device, say)
         inputs = photo_input(loaded.model, asked.size)
         return Opened({FLOAT: loaded.model}, need_inputs(inputs, asked.target), None)
-    if asked.size is not None:
-        raise InputError("--size is for a model: an artifact keeps the preparation of photos that it was made with")
+    work.no_size(asked.size)
     qmodel = load(asked.target, trust_code=asked.trust_code).to(asked.device)
     stored = qmodel.preprocess or {}
     inputs = PhotoInput.from_dict(stored) if "form" in stored else None

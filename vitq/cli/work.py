@@ -15,7 +15,7 @@ from vitq.core.errors import DataError, InputError
 from vitq.core.qmodel import QuantModel
 from vitq.data.checkpoint import some
 from vitq.data.images import ImageSet, open_images, without_overlap
-from vitq.data.native import PhotoInput
+from vitq.data.native import PhotoInput, photo_input
 from vitq.data.preprocess import Preprocess
 from vitq.data.source import LoadedModel, load_model
 
@@ -64,6 +64,32 @@ def need_preprocess(preprocess: Preprocess | None, spec: str) -> Preprocess:
     if preprocess is None:
         raise InputError(f"how {spec} prepares its images is not known; use vitq.quantize with tensors instead")
     return preprocess
+
+
+def input_of(loaded: LoadedModel, spec: str, size: int | None) -> Preprocess | PhotoInput:
+    """How a model takes images: each at its own size, or all of them at one.
+
+    Args:
+        size: of the photos of a detector or segmenter that leaves the choice.
+
+    Raises:
+        InputError: it is not known, or a size is given where none can be chosen.
+    """
+    if photos := photo_input(loaded.model, size):
+        return photos
+    if size is not None:
+        raise InputError(f"--size is for detectors and segmenters of transformers, which {spec} is not")
+    return need_preprocess(loaded.preprocess, spec)
+
+
+def no_size(size: int | None) -> None:
+    """Refuse a size for an artifact.
+
+    Raises:
+        InputError: one is given.
+    """
+    if size is not None:
+        raise InputError("--size is for a model: an artifact keeps the preparation of photos that it was made with")
 
 
 def preprocess_of(qmodel: QuantModel, target: str) -> Preprocess:

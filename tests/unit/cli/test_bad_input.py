@@ -256,6 +256,13 @@ def test_compare_refuses_before_it_runs_a_model(run: Run, artifact: Path, photos
     assert "b.csv" in run("compare", artifact, tmp_path / "b.csv", "--data", photos / "eval").error
 
 
+def test_a_size_where_none_can_be_chosen(run: Run, artifact: Path, photos: Path, not_reached: None) -> None:
+    words = ("diagnose", "--data", photos / "flat", "--size", "64")
+    assert "an artifact keeps" in run(*words, artifact).error
+    assert f"which {VIT} is not" in run(*words, VIT, "--calib", photos / "flat").error
+    assert f"which {VIT} is not" in run("quantize", VIT, "--calib", photos / "flat", "--size", "64", "--out", "o").error
+
+
 def test_a_model_to_diagnose_needs_calibration_images(run: Run, photos: Path, not_reached: None) -> None:
     assert "--calib" in run("diagnose", VIT, "--data", photos / "flat").error
 
