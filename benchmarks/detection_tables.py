@@ -45,7 +45,8 @@ def detection(folder: Path) -> str | None:
         floats = ", ".join(f"{name} {float(first[f'{key}_float']):.1f}" for key, name in shown.items())
         told = f"`{model}`: float {floats}. {first['images']} scenes of {first['evaluation']}"
         parts.append(f"{told}, calibrated on {first['calibration']}.\n\n{markdown_table(table, list(table[0]))}")
-    return "\n\n".join([*parts, f"Simulated; seed {_several(rows, 'seed')}; commit {_several(rows, 'commit')}."])
+    told = "Cost: time of quantizing, in float forwards of the calibration images."
+    return "\n\n".join([*parts, f"{told} Simulated; seed {_several(rows, 'seed')}; commit {_several(rows, 'commit')}."])
 
 
 def detection_cost(folder: Path) -> str | None:
