@@ -1,6 +1,6 @@
 """Peak memory of quantizing with 32, 1,000 and 10,000 calibration images, which are streamed: it has to stay flat.
 
-(Up to 64 micro-batches, that is 2,048 images, may hold 512 MiB while they wait for one another inside of the model:
+(Up to 64 micro-batches, that is 2,048 images, may hold 2 GiB while they wait for one another inside of the model:
 docs/decisions/determinism.md.)
 
 Each run is a process of its own on the embedded `seeded_vit`. What is written to results/calibration_memory.csv:

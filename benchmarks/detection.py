@@ -4,6 +4,7 @@ table     results/detection.csv: box and mask AP, or mIoU, beside float in the s
 cost      results/detection_cost.csv: float forwards per image and peak memory of quantizing
               maskrcnn    zoo:scenes_maskrcnn, 32 scenes in batches of 8, as `vitq quantize` takes them
               segformer   the same with the segmenter of data/zoo/scene_models.py, fresh weights
+              b0          transformers' SegFormer-B0 (random weights) at 512 x 512, 32 images one by one
               photos      torchvision's Mask R-CNN over a Swin-T (random weights) at 800 x 1333, 8 images one by one
 """
 
@@ -26,9 +27,10 @@ COST_KEY = ("what", "model", "recipe", "bits", "images")
 MODELS = {"maskrcnn": "instances"}
 RECIPES = ("minmax", "percentile", "repq_vit", "dopq_vit", "apq_vit", "vitq_calib")
 BITS = ("w8a8", "w6a6", "w4a4")
-WHATS = ("maskrcnn", "segformer", "photos")
+WHATS = ("maskrcnn", "segformer", "b0", "photos")
 CALIBRATION = 32
 PHOTOS, HEIGHT, WIDTH = 8, 800, 1333
+SIDE = 512  # of images for segmentation
 
 
 def table_row(name: str, recipe: str, bits: str, seed: int, limit: int | None) -> dict[str, Any]:
@@ -63,14 +65,15 @@ def table_row(name: str, recipe: str, bits: str, seed: int, limit: int | None) -
 class Photos:
     """Random smooth images of one size, made when they are asked for."""
 
-    def __init__(self, count: int, height: int, width: int) -> None:
-        self.count, self.size = count, (height, width)
+    def __init__(self, count: int, height: int, width: int, name: str | None = None) -> None:
+        self.count, self.size, self.name = count, (height, width), name
 
     def __iter__(self) -> Any:
         for number in range(self.count):
             draw = torch.Generator().manual_seed(number)
             coarse = torch.rand(1, 3, 12, 16, generator=draw)
-            yield [nn.functional.interpolate(coarse, self.size, mode="bicubic")[0].clamp(0, 1)]
+            image = nn.functional.interpolate(coarse, self.size, mode="bicubic").clamp(0, 1)
+            yield [image[0]] if self.name is None else {self.name: image}
 
 
 def swin_t_detector() -> nn.Module:
@@ -87,6 +90,16 @@ def swin_t_detector() -> nn.Module:
     return model.eval()
 
 
+def segformer_b0() -> nn.Module:
+    """transformers' default SegFormer, with 150 classes as for ADE20K and random weights."""
+    import transformers
+
+    torch.manual_seed(0)
+    library: Any = transformers
+    model: nn.Module = library.SegformerForSemanticSegmentation(library.SegformerConfig(num_labels=150))
+    return model.eval()
+
+
 def cost(what: str, recipe: str, count: int) -> dict[str, Any]:
     """One run, in this process."""
     import vitq
@@ -100,6 +113,8 @@ def cost(what: str, recipe: str, count: int) -> dict[str, Any]:
     data: Any
     if what == "photos":
         model, data = swin_t_detector(), Photos(count, HEIGHT, WIDTH)
+    elif what == "b0":
+        model, data = segformer_b0(), Photos(count, SIDE, SIDE, "pixel_values")
     else:
         model = load_model("zoo:scenes_maskrcnn").model if what == "maskrcnn" else scene_segformer().eval()
         inputs = photo_input(model, 128 if what == "segformer" else None)
@@ -114,7 +129,7 @@ def cost(what: str, recipe: str, count: int) -> dict[str, Any]:
     before, start = resident("VmHWM"), time.perf_counter()
     vitq.quantize(model, recipe, "w4a4", data)
     seconds, peak = time.perf_counter() - start, resident("VmHWM")
-    size = f"{HEIGHT} x {WIDTH}" if what == "photos" else "128 x 128"
+    size = {"photos": f"{HEIGHT} x {WIDTH}", "b0": f"{SIDE} x {SIDE}"}.get(what, "128 x 128")
     return {
         "what": what, "model": type(model).__name__, "recipe": recipe, "bits": "w4a4", "images": count, "size": size,
         "forwards": f"{seconds / forward:.1f}", "seconds": f"{seconds:.1f}", "float_seconds": f"{forward:.2f}",

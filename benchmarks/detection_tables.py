@@ -11,6 +11,12 @@ from vitq.report.table import markdown_table, read_results
 Row = dict[str, str]
 FILES = Path(__file__).resolve().parent.parent / "vitq" / "data" / "zoo" / "files"
 MEASURES = {"box_ap": "box AP", "mask_ap": "mask AP", "miou": "mIoU"}
+COSTED = {
+    "maskrcnn": "Mask R-CNN of scenes",
+    "segformer": "SegFormer of scenes",
+    "b0": "SegFormer-B0",
+    "photos": "Mask R-CNN over Swin-T",
+}
 ORDER = ("w8a8", "w6a6", "w4a4", "w3a3")
 
 
@@ -57,7 +63,7 @@ def detection_cost(folder: Path) -> str | None:
     rows = read_results(file)
     table = [
         {
-            "model": f"{row['model']}" + (" over Swin-T" if row["what"] == "photos" else " of scenes"),
+            "model": COSTED[row["what"]],
             "size": row["size"],
             "images": row["images"],
             "recipe": f"{row['recipe']} {row['bits']}",
@@ -68,7 +74,7 @@ def detection_cost(folder: Path) -> str | None:
         for row in rows
     ]
     where = f"commit {_several(rows, 'commit')}, {rows[0]['cpu']}, {rows[0]['threads']} thread"
-    how = "Scenes in batches of 8, photos one by one; peaks are of the whole process"
+    how = "Scenes in batches of 8, larger images one by one; peaks are of the whole process"
     return f"{markdown_table(table, list(table[0]))}\n\n{how}; {where}."
 
 

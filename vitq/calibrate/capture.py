@@ -32,7 +32,7 @@ from vitq.core.progress import Progress, Task
 from vitq.core.qmodel import QuantModel
 from vitq.core.site import Site
 
-AT_ONCE = 2**29  # bytes that micro-batches may hold inside of the model, so as to run it once and not for every site
+AT_ONCE = 2**31  # bytes that micro-batches may hold inside of the model, so as to run it once and not for every site
 IMAGES = 8  # at a time where many sites keep something of every forward: activations are small beside that
 
 

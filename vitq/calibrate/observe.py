@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vitq.core.errors import DataError
+from vitq.quantizers.ranked import in_order
 
 TAIL = 0.001  # share of the values that each tail holds: the lowest percentile in use is 99.9 %
 SAMPLE = 2**17  # values of the body kept per site …
@@ -151,7 +152,7 @@ class Sketch:
             top = x.topk(size, dim=1).values
             bottom = x[:, :0] if self.one_sided else x.topk(size, dim=1, largest=False).values
             return body, top, bottom
-        sample = body[0, :: prime_from(max(2, body.shape[1] // GUESS))].sort().values
+        sample = in_order(body[:, :: prime_from(max(2, body.shape[1] // GUESS))])[0]
         top = _outermost(x[0], sample, size, largest=True)[None]
         return body, top, x[:, :0] if self.one_sided else _outermost(x[0], sample, size, largest=False)[None]
 
@@ -175,7 +176,7 @@ class Sketch:
         body = torch.cat(self._bodies, 1) if self._bodies else self._low.new_empty(self._low.shape[0], 0)
         if self._share >= 1.0 or self.needs == "range":
             none, kept = body.new_empty(body.shape[0], 0), self.needs != "range"
-            return Statistics(self._count, self._low, self._high, none, none, body.sort(dim=1).values, ones, kept)
+            return Statistics(self._count, self._low, self._high, none, none, in_order(body), ones, kept)
         self._merge()
         top, bottom = self._tops[0], self._bottoms[0]
         # Values equal to the end of a tail belong to the body: many may be (the zeros of a ReLU).
@@ -205,7 +206,8 @@ def _outermost(row: Tensor, sample: Tensor, size: int, largest: bool) -> Tensor:
     if inward < sample.numel() - 1:
         beyond = _beyond(row, float(sample[-1 - inward] if largest else sample[inward]), largest)
         if beyond.numel() >= size:
-            return beyond.sort(descending=largest).values[:size]
+            ordered = in_order(beyond[None])[0]
+            return ordered.flip(0)[:size] if largest else ordered[:size]
         end = row.max() if largest else row.min()
         if int((row == end).sum()) >= size:  # a plateau, such as the zeros of a ReLU
             return end.expand(size)

@@ -26,7 +26,7 @@ from vitq.core.errors import InputError
 from vitq.core.rounding import straight_through
 from vitq.quantizers.base import MIDDLE, Params, Quantizer
 from vitq.quantizers.layout import Layout
-from vitq.quantizers.ranked import Ranked
+from vitq.quantizers.ranked import Ranked, in_order
 from vitq.quantizers.registry import QUANTIZERS
 
 STEPS = 37  # of an octave: q counts them
@@ -124,9 +124,8 @@ class AdaptiveLogQuantizer(Quantizer):
 
     def middle(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Up to the value that MIDDLE of the positive ones are below."""
-        ordered = x.sort(dim=1, descending=True).values
-        at = ((1 - MIDDLE) * x.gt(0).sum(1, keepdim=True)).long()
-        return x.new_zeros(len(x)), ordered.gather(1, at)[:, 0]
+        below = ((1 - MIDDLE) * x.gt(0).sum(1, keepdim=True)).long()
+        return x.new_zeros(len(x)), in_order(x).gather(1, x.shape[1] - 1 - below)[:, 0]
 
     def encode_with(self, x: Tensor, params: Params) -> Tensor:
         """Nearest code in the logarithmic domain; zero and what is too small get the zero code."""

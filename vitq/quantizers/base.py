@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from vitq.core.errors import DataError, InputError, NotFittedError
 from vitq.quantizers.common import AnyQuantizer
 from vitq.quantizers.layout import Layout
+from vitq.quantizers.ranked import in_order
 
 MIDDLE = 0.9  # share of the values below the upper end of their middle, and above the lower one
 
@@ -74,7 +75,7 @@ class Quantizer(AnyQuantizer):
 
     def middle(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(G,) ends of where most of the values (G, n) are: there, a search of ranges starts."""
-        ordered, last = x.sort(dim=1).values, x.shape[1] - 1
+        ordered, last = in_order(x), x.shape[1] - 1
         return ordered[:, round((1 - MIDDLE) * last)], ordered[:, round(MIDDLE * last)]
 
     def simulate_with(self, x: Tensor, params: Params) -> Tensor:
