@@ -4,8 +4,8 @@
 
 Items of training scenes are those that the models of Fashion-MNIST are trained on (tools/train_zoo.py); those of test
 scenes are the embedded test images, looked at once, at the end. Scenes are made anew for every step: none is seen
-twice. Interrupted, it goes on from the last whole epoch of 1,000 scenes. `--quick` takes two small steps, which shows
-that everything runs.
+twice. Interrupted, it goes on from the last 1,000 scenes. `--quick` takes two small steps, which shows that everything
+runs.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +31,69 @@ from vitq.data.native import PhotoInput, photo_input
 from vitq.data.semantic import open_semantic
 from vitq.data.zoo.fashion import CLASSES
 from vitq.data.zoo.scene_models import scene_maskrcnn, scene_segformer
-from vitq.data.zoo.scenes import Scene, Scenes, scene_set, write_scenes
+from vitq.data.zoo.scenes import MOST, SIZE, Scene, Scenes, scene_set, write_scenes
 from vitq.evaluate.detect import evaluate_detectors
 from vitq.evaluate.finders import Finder, Segmenter, category_ids
 from vitq.evaluate.segment import evaluate_segmenters
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from train_zoo import FILES, ROOT, clock, find_data, rate_at, replace, say, split, write_model
+from train_zoo import FILES, ROOT, clock, find_data, rate_at, say, split, write_model
+from train_zoo import replace as replace_file
 
-EPOCH = 1000  # scenes
-BATCH = 8
-RATES = {"maskrcnn": 1.2e-3, "segformer": 1.2e-3}
-BUILD = {"maskrcnn": scene_maskrcnn, "segformer": scene_segformer}
-EPOCHS = {"maskrcnn": 60, "segformer": 40}
+KEPT = 1000  # scenes between checkpoints
 DECAY = 0.05
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stretch of training.
+
+    Attributes:
+        scenes: how many are seen.
+        batch: of a step.
+        size: of a scene, in pixels.
+        most: items of a scene.
+    """
+
+    scenes: int
+    batch: int
+    size: int = SIZE
+    most: int = MOST
+
+    @property
+    def steps(self) -> int:
+        """Of the optimizers."""
+        return self.scenes // self.batch
+
+
+@dataclass(frozen=True)
+class Job:
+    """How a model is trained.
+
+    Attributes:
+        build: it, with fresh weights.
+        loss: (model, scenes, how it takes photos) -> what is made small.
+        rate: the peak, of AdamW.
+        parts: one after the other.
+        matrix_rate: the peak for the weights of linear layers, of Muon; None for AdamW there, too.
+    """
+
+    build: Callable[[], nn.Module]
+    loss: Callable[[nn.Module, list[Scene], PhotoInput], Tensor]
+    rate: float
+    parts: tuple[Part, ...]
+    matrix_rate: float | None = None
+
+    def optimizers(self, model: nn.Module) -> list[tuple[torch.optim.Optimizer, float]]:
+        """Each with its peak rate."""
+        matrices = [m.weight for m in model.modules() if isinstance(m, nn.Linear)] if self.matrix_rate else []
+        held = {id(p) for p in matrices}
+        others = [p for p in model.parameters() if id(p) not in held]
+        made = [(torch.optim.AdamW(others, self.rate, weight_decay=DECAY), self.rate)]
+        if self.matrix_rate:
+            muon = torch.optim.Muon(matrices, self.matrix_rate, weight_decay=DECAY, adjust_lr_fn="match_rms_adamw")
+            made.append((muon, self.matrix_rate))
+        return made
 
 
 def detection_loss(model: nn.Module, scenes: list[Scene], inputs: PhotoInput) -> Tensor:
@@ -61,54 +112,65 @@ def detection_loss(model: nn.Module, scenes: list[Scene], inputs: PhotoInput) ->
 
 
 def segmentation_loss(model: nn.Module, scenes: list[Scene], inputs: PhotoInput) -> Tensor:
-    """Cross-entropy of all pixels at the size of the scene."""
+    """Cross-entropy of every other pixel of every other row."""
     pixels = np.stack([scene.image for scene in scenes]).astype(np.float32) / 255
     normal = (torch.from_numpy(pixels) - torch.tensor(inputs.mean)) / torch.tensor(inputs.std)
-    classes = torch.from_numpy(np.stack([scene.classes for scene in scenes])).long()
+    classes = torch.from_numpy(np.stack([scene.classes for scene in scenes])[:, 1::2, 1::2]).long()
     logits = model(pixel_values=normal.permute(0, 3, 1, 2)).logits
     logits = F.interpolate(logits, classes.shape[-2:], mode="bilinear", align_corners=False)
     return F.cross_entropy(logits, classes)
 
 
-def train(name: str, items: Any, steps: int, batch: int, seed: int, path: Path) -> nn.Module:
-    """The trained model, in eval mode. A checkpoint after each epoch makes a second start go on there."""
+def train(job: Job, items: Any, seed: int, path: Path) -> nn.Module:
+    """The trained model, in eval mode. Checkpoints along the way make a second start go on there."""
     torch.manual_seed(seed)
-    model, scenes, loss_of = BUILD[name](), Scenes(items, seed), LOSSES[name]
-    inputs = prepared(model)
-    optimizer = torch.optim.AdamW(model.parameters(), RATES[name], weight_decay=DECAY)
-    run, first, every = {"steps": steps, "batch": batch, "seed": seed}, 0, max(1, EPOCH // batch)
+    model = job.build()
+    inputs, optimizers = prepared(model), job.optimizers(model)
+    run, first, steps = {"parts": repr(job.parts), "seed": seed}, 0, sum(part.steps for part in job.parts)
     if path.is_file():
         state = torch.load(path, weights_only=True)
         if state["run"] == run:
             model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
+            for (optimizer, _), kept in zip(optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(kept)
             first = state["step"]
-            say(f"{name}: going on after step {first}")
-    start, total = time.perf_counter(), 0.0
-    for step in range(first, steps):
+            say(f"going on after step {first}")
+    start, total, since = time.perf_counter(), 0.0, 0
+    for step, batch in enumerate(batches(job.parts, items, seed, first), first):
         torch.manual_seed(seed + step)  # which regions are looked at; so that a second start draws the same
-        for group in optimizer.param_groups:
-            group["lr"] = rate_at(step, steps, RATES[name])
-        drawn = [scenes[step * batch + number] for number in range(batch)]
-        loss = loss_of(model.train(), [scene for scene in drawn if len(scene.labels)], inputs)
-        optimizer.zero_grad()
+        for optimizer, peak in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate_at(step, steps, peak)
+        loss = job.loss(model.train(), batch, inputs)
+        for optimizer, _ in optimizers:
+            optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        total += float(loss.detach())
-        if (step + 1) % every == 0 or step + 1 == steps:
+        for optimizer, _ in optimizers:
+            optimizer.step()
+        total, since = total + float(loss.detach()), since + 1
+        if since * len(batch) >= KEPT or step + 1 == steps:
             left = (time.perf_counter() - start) / (step + 1 - first) * (steps - step - 1)
-            say(f"{name} step {step + 1} of {steps}: loss {total / every:.3f}, {clock(left)} left")
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1, "run": run}
-            replace(path, lambda temporary, state=state: torch.save(state, temporary))  # type: ignore[misc]
-            total = 0.0
+            say(f"step {step + 1} of {steps}: loss {total / since:.3f}, {clock(left)} left")
+            state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o, _ in optimizers]}
+            state |= {"step": step + 1, "run": run}
+            replace_file(path, lambda temporary, state=state: torch.save(state, temporary))  # type: ignore[misc]
+            total, since = 0.0, 0
     return model.eval()
+
+
+def batches(parts: Sequence[Part], items: Any, seed: int, first: int) -> Iterator[list[Scene]]:
+    """The scenes of every step from the first on; those without any item seen are left out."""
+    for number, part in enumerate(parts):
+        scenes = Scenes(items, seed * len(parts) + number, part.size, part.most)
+        for step in range(min(first, part.steps), part.steps):
+            drawn = [scenes[step * part.batch + at] for at in range(part.batch)]
+            yield [scene for scene in drawn if len(scene.labels)]
+        first -= min(first, part.steps)
 
 
 def prepared(model: nn.Module) -> PhotoInput:
     """How the model takes scenes: at their own size."""
-    from vitq.data.zoo.scenes import SIZE
-
     found = photo_input(model, None if hasattr(model, "transform") else SIZE)
     assert found is not None
     return found
@@ -130,16 +192,22 @@ def measured(name: str, model: nn.Module, count: int | None) -> dict[str, Any]:
         return evaluate_segmenters({name: segmenter}, pairs, len(CLASSES) + 1)[name].to_json()
 
 
-LOSSES = {"maskrcnn": detection_loss, "segformer": segmentation_loss}
+JOBS = {
+    "maskrcnn": Job(scene_maskrcnn, detection_loss, 1.2e-3, (Part(60_000, 8),)),
+    # Items by themselves first: in whole scenes it takes tens of thousands until classes are told apart at all.
+    "segformer": Job(
+        scene_segformer, segmentation_loss, 3e-3, (Part(60_000, 32, 64, 1), Part(160_000, 16)), matrix_rate=2e-2
+    ),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", choices=sorted(BUILD))
+    parser.add_argument("model", choices=sorted(JOBS))
     parser.add_argument("--out", type=Path, default=FILES, help="folder to write to (default: that of the package)")
-    parser.add_argument("--checkpoints", type=Path, default=ROOT / "out" / "zoo", help="folder for epoch checkpoints")
+    parser.add_argument("--checkpoints", type=Path, default=ROOT / "out" / "zoo", help="folder for checkpoints")
     parser.add_argument("--data", type=Path, help="folder with the four idx .gz files of Fashion-MNIST")
-    parser.add_argument("--epochs", type=float, help="of 1,000 scenes")
+    parser.add_argument("--share", type=float, default=1.0, help="of the scenes, for a shorter or longer training")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="two steps of two scenes of 300 items, measured on four")
     given = parser.parse_args()
@@ -148,14 +216,15 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="vitq-zoo-") as scratch:
             parts = split(find_data(given.data, Path(scratch)))
         items = parts["train"].pixels.numpy(), parts["train"].labels.numpy()
-    batch = 2 if given.quick else BATCH
-    epochs = given.epochs or EPOCHS[given.model]
-    steps = 2 if given.quick else round(epochs * EPOCH / BATCH)
+    job = JOBS[given.model]
+    whole = tuple(replace(part, scenes=round(part.scenes * given.share)) for part in job.parts)
+    job = replace(job, parts=(Part(4, 2),) if given.quick else whole)
     name = f"scenes_{given.model}"
     path = given.checkpoints / f"{name}{'_quick' if given.quick else ''}.pt"
-    model = write_model(given.out, name, train(given.model, items, steps, batch, given.seed, path))
+    model = write_model(given.out, name, train(job, items, given.seed, path))
     told = measured(given.model, model, 4 if given.quick else None)
-    result = {"model": name, "scenes": steps * batch, "seed": given.seed, "test_scenes": told["images"]}
+    seen = sum(part.scenes for part in job.parts)
+    result = {"model": name, "scenes": seen, "seed": given.seed, "test_scenes": told["images"]}
     result |= {f"test_{key}": round(told[key], 2) for key in ("box_ap", "mask_ap", "miou") if key in told}
     write_text(given.out / f"{name}.json", json.dumps(result, indent=1) + "\n")
     say(json.dumps(result))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -76,6 +77,7 @@ def script() -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for it
     spec.loader.exec_module(module)
     return module
 
@@ -97,21 +99,26 @@ def test_the_training_script_takes_two_steps(
     assert (tmp_path / f"scenes_{name}.safetensors").stat().st_size < 4_000_000
 
 
-def test_an_interrupted_training_goes_on_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["maskrcnn", "segformer"])
+def test_an_interrupted_training_goes_on_to_the_same_weights(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     module = script()
-    monkeypatch.setattr(module, "EPOCH", 2)  # a checkpoint after every step of two scenes
-    whole = module.train("maskrcnn", "fashion_calib", 3, 2, 0, tmp_path / "whole.pt")
-    kept = module.replace
+    monkeypatch.setattr(module, "KEPT", 2)  # a checkpoint after every step of two scenes
+    job = dataclasses.replace(module.JOBS[name], parts=(module.Part(2, 2, 64, 1), module.Part(4, 2)))
+    whole = module.train(job, "fashion_calib", 0, tmp_path / "whole.pt")
+    kept = module.replace_file
 
     def stopped(path: Path, write: Any) -> None:
         kept(path, write)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "replace", stopped)
+    monkeypatch.setattr(module, "replace_file", stopped)
     with pytest.raises(KeyboardInterrupt):
-        module.train("maskrcnn", "fashion_calib", 3, 2, 0, tmp_path / "cut.pt")
-    monkeypatch.setattr(module, "replace", kept)
-    cut = module.train("maskrcnn", "fashion_calib", 3, 2, 0, tmp_path / "cut.pt")
+        module.train(job, "fashion_calib", 0, tmp_path / "cut.pt")
+    monkeypatch.setattr(module, "replace_file", kept)
+    assert torch.load(tmp_path / "cut.pt", weights_only=True)["step"] == 1
+    cut = module.train(job, "fashion_calib", 0, tmp_path / "cut.pt")
     for (name, one), other in zip(whole.state_dict().items(), cut.state_dict().values(), strict=True):
         assert torch.equal(one, other), name
 
@@ -120,7 +127,7 @@ def test_a_step_of_training_lowers_the_loss() -> None:
     """On the same scenes: gradients reach the weights, and targets fit what the model is told."""
     module = script()
     torch.manual_seed(0)
-    model = module.BUILD["segformer"]().train()
+    model = module.scene_segformer().train()
     scenes, inputs = [Scenes()[n] for n in range(4)], module.prepared(model)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     losses = []

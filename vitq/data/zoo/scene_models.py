@@ -110,7 +110,7 @@ def scene_segformer() -> nn.Module:
         hidden_sizes=[32, 64, 96, 128],
         num_attention_heads=[1, 2, 3, 4],
         mlp_ratios=[4, 4, 4, 4],
-        decoder_hidden_size=128,
+        decoder_hidden_size=64,
         classifier_dropout_prob=0.0,
         drop_path_rate=0.0,
         id2label=dict(enumerate(("background", *CLASSES))),

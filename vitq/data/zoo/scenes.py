@@ -65,20 +65,23 @@ class Scenes:
         items: grey images (N, 28, 28) uint8 and their labels (N,), or the name of an embedded set.
         seed: of all of them.
         size: height and width in pixels.
+        most: items of a scene.
     """
 
-    def __init__(self, items: str | tuple[Array, Array] = "fashion_calib", seed: int = 0, size: int = SIZE) -> None:
+    def __init__(
+        self, items: str | tuple[Array, Array] = "fashion_calib", seed: int = 0, size: int = SIZE, most: int = MOST
+    ) -> None:
         if isinstance(items, str):
             stored = stored_arrays(items)
             items = stored["images"], stored["labels"]
         self.items, self.labels = items
-        self.seed, self.size = seed, size
+        self.seed, self.size, self.most = seed, size, most
 
     def __getitem__(self, number: int) -> Scene:
         draw = np.random.default_rng([self.seed, number])
         image = _texture(draw, self.size)
         placed: list[tuple[Array, int]] = []
-        for _ in range(int(draw.integers(1, MOST + 1))):
+        for _ in range(int(draw.integers(1, self.most + 1))):
             which = int(draw.integers(len(self.items)))
             inside = _paste(image, self.items[which], draw)
             placed.append((inside, int(self.labels[which])))
