@@ -79,7 +79,7 @@ def open_photos(data: str, images: Path | None, task: str, scratch: Path) -> Coc
         write_scenes(scratch, *scene_set(data.removeprefix(ZOO)))
         data, images = str(scratch / ("masks" if segments else "truth.json")), scratch / "photos"
     if images is None:
-        raise InputError(f"--task {task} needs --images, the folder of the photos that --data is about")
+        raise InputError(f"--task {task} needs --images, the folder of the photos that {data} is about")
     return open_semantic(data, images) if segments else open_coco(data, images, masks=task == "instances")
 
 

@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import torch
@@ -15,19 +16,20 @@ from torch import nn
 
 from vitq.artifact import check_destination
 from vitq.cli import app as a
-from vitq.cli import work
+from vitq.cli import feed, work
 from vitq.cli.console import Say, check_outputs, command, write_json
 from vitq.cli.quantize import Finish, about, report
 from vitq.cli.recipes import Asked
+from vitq.cli.tasks import TASKS
 from vitq.core.errors import InputError
 from vitq.core.training import EVERY, Training, TrainingPass
-from vitq.data.examples import ImageExamples
-from vitq.data.images import ImageSet, open_images
+from vitq.data.images import ImageSet
+from vitq.data.native import PhotoInput
 from vitq.data.preprocess import Preprocess
 from vitq.evaluate.classify import evaluate_classifier, evaluate_pair
 from vitq.pipeline import quantize
 
-REMEMBERED = 10_000  # images whose digests an artifact holds
+CLASSIFY = TASKS[0]
 LOOKED_AT = 256  # images of the evaluation, along the way
 
 HELP = """Quantize a model by a recipe that trains, and save it as a packed artifact.
@@ -40,11 +42,13 @@ Examples:
 
     vitq train deit_small_patch16_224 --train photos/ --out out/ --resume
 
+    vitq train zoo:scenes_maskrcnn --task instances --train zoo:scenes_calib --train-batch 4 --out out/
+
     accelerate launch --num_processes 4 -m vitq.cli train deit_base_patch16_224 --train photos/ --out out/
 
 The state of the run is kept beside the artifact (OUT.training.0) every minute. An interrupted run goes on from there
 with --resume, to the same weights. The model stays in evaluation mode, and learns from its own float version; labels
-are used where there are any.
+are used where there are any. Detectors and segmenters learn by the loss that they bring, photo by photo.
 """
 
 
@@ -52,10 +56,20 @@ are used where there are any.
 @command
 def train_command(
     model: a.Model,
-    train: Annotated[str, typer.Option(help=f"Training images. {a.DATA_HELP}")],
+    train: Annotated[
+        str, typer.Option(help=f"Training images. {a.DATA_HELP} For --task: COCO's JSON, or a folder of masks.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the artifact.")],
     recipe: a.Recipe = "gplq",
     bits: a.Bits = "w4a4",
+    task: Annotated[
+        str,
+        typer.Option(help=f"{', '.join(TASKS[:-1])} or {TASKS[-1]}: a detector or segmenter has a loss of its own."),
+    ] = CLASSIFY,
+    images: Annotated[
+        Path | None, typer.Option(help="For a detector or segmenter: the photos that --train says what is in.")
+    ] = None,
+    size: a.Size = None,
     epochs: Annotated[int, typer.Option(min=1, help="How often each image is seen.")] = 1,
     train_batch: Annotated[
         int, typer.Option(min=1, help="Images in a step of the optimizer, over all processes.")
@@ -94,6 +108,8 @@ def train_command(
     quiet: a.Quiet = False,
 ) -> None:
     """See HELP."""
+    if task not in TASKS:
+        raise InputError(f"--task {task!r}: use {', '.join(TASKS[:-1])} or {TASKS[-1]}")
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     rank = int(os.environ.get("RANK", "0")) if several else 0  # of several processes the first one speaks and writes
     say = Say(quiet or rank > 0)
@@ -117,80 +133,73 @@ def train_command(
     use_own = several and device == "auto" and torch.cuda.is_available()
     where = work.choose_device(local if use_own else device)
     loaded = work.open_model(model, checkpoint, where, say)
-    preprocess = work.need_preprocess(loaded.preprocess, model)
-    images = open_images(train, labels=labels, num_classes=loaded.num_classes)
-    if skip_bad:
-        images = readable(images, preprocess, train, say)
-    else:
-        images.check(REMEMBERED)  # of more, a sample: each is decoded when it is its turn
-    use = labels == "auto" and images.labels is not None
-    examples = ImageExamples(images, preprocess, augment=augment, labels=use, seed=seed, workers=workers)
-    training = Training(
-        examples, epochs, train_batch, micro_batch, precision, recompute, file=state, resume=resume, every=EVERY
-    )
-    data, calib = work.calibration(train, min(calib_size, len(images)), seed, preprocess, where, skip_bad, say)
-    scored = work.evaluation(eval_data, images, loaded.num_classes, skip_bad, say) if eval_data else None
-    if scored is not None:
-        judge = Judge(loaded.model, preprocess, batch_size, where, skip_bad, say)
-        few = scored[0].sample(min(LOOKED_AT, len(scored[0])), seed)
-        training = replace(
-            training,
-            measure=partial(judge.short, few) if looks else None,
-            looks=looks or 1,
-            latent=partial(judge.whole, scored[0]) if basin else None,
-        )
-    say.note("passes: " + ", ".join(map(str, asked.plan.passes)))
-    say.note(f"{training.steps} steps of {train_batch} of {len(images)} images, {'with' if use else 'without'} labels")
+    with TemporaryDirectory(prefix="vitq-scenes-") as scratch:
+        wanted = feed.Asked(task, train, images, size, augment, labels, workers, calib_size, seed, skip_bad)
+        if task == CLASSIFY:
+            fed = feed.of_images(wanted, model, loaded, where, say)
+        else:
+            fed = feed.of_photos(wanted, model, loaded, where, Path(scratch), say)
+            micro_batch = 1  # photos have sizes of their own
+        training = Training(
+            fed.examples, epochs, train_batch, micro_batch, precision, recompute,
+            file=state, resume=resume, every=EVERY, loss=fed.loss,
+        )  # fmt: skip
+        scored = None
+        if eval_data is not None:
+            if isinstance(fed.prepare, PhotoInput):
+                raise InputError(f"{model} finds things in photos: measure it with vitq evaluate {out} --task {task} …")
+            scored = work.evaluation(eval_data, fed.images, loaded.num_classes, skip_bad, say)
+            judge = Judge(loaded.model, fed.prepare, batch_size, where, skip_bad, say)
+            few = scored[0].sample(min(LOOKED_AT, len(scored[0])), seed)
+            training = replace(
+                training,
+                measure=partial(judge.short, few) if looks else None,
+                looks=looks or 1,
+                latent=partial(judge.whole, scored[0]) if basin else None,
+            )
+        say.note("passes: " + ", ".join(map(str, asked.plan.passes)))
+        say.note(f"{training.steps} steps of {train_batch} of {len(fed.images)} images, {fed.told}")
 
-    if rank == 0 and force and not resume:
-        remove(states)
-    start = time.perf_counter()
-    qmodel = quantize(loaded.model, asked.recipe, data=data, progress=say, training=training, **asked.more)
-    seconds = time.perf_counter() - start
-    if rank > 0:
-        return
-    for told in qmodel.log.get("train", []):
-        if told.get("diverged"):
+        if rank == 0 and force and not resume:
+            remove(states)
+        start = time.perf_counter()
+        qmodel = quantize(loaded.model, asked.recipe, data=fed.data, progress=say, training=training, **asked.more)
+        seconds = time.perf_counter() - start
+        if rank > 0:
+            return
+        for told in qmodel.log.get("train", []):
+            if told.get("diverged"):
+                say.note(
+                    f"training diverged at step {told['diverged']}; the weights of step {told['kept']} are kept. Lower "
+                    f"rates (--option rate=…, scale_rate=…)"
+                )
+            if "latent" in told:
+                say.result(
+                    "without quantizers the trained weights reach {top1:.2f} %, and the model as it was "
+                    "{top1_float:.2f} % (difference {mean:+.2f} [{low:+.2f}, {high:+.2f}])".format(**told["latent"])
+                )
+        result = about(qmodel, loaded.model, fed.data, seconds) | {
+            "model": model,
+            "device": str(where),
+            "training_images": len(fed.images),
+            "epochs": epochs,
+            "labels": "used" if fed.examples.labelled else "none",
+        }
+        qmodel.source, qmodel.preprocess = loaded.source, fed.prepare.to_dict()
+        # Whoever evaluates later leaves out what was trained on, as what was calibrated on.
+        remembered = len(fed.images) <= feed.REMEMBERED
+        qmodel.provenance = work.provenance(fed.images if remembered else fed.calib, train, seed)
+        qmodel.provenance |= {"calibration_images": fed.data.count, "training_images": len(fed.images)}
+        if not remembered:
             say.note(
-                f"training diverged at step {told['diverged']}; the weights of step {told['kept']} are kept. Lower "
-                f"rates (--option rate=…, scale_rate=…)"
+                f"of more than {feed.REMEMBERED} images the artifact does not know which: evaluate on others yourself"
             )
-        if "latent" in told:
-            say.result(
-                "without quantizers the trained weights reach {top1:.2f} %, and the model as it was {top1_float:.2f} "
-                "% (difference {mean:+.2f} [{low:+.2f}, {high:+.2f}])".format(**told["latent"])
-            )
-    result = about(qmodel, loaded.model, data, seconds) | {
-        "model": model,
-        "device": str(where),
-        "training_images": len(images),
-        "epochs": epochs,
-        "labels": "used" if use else "none",
-    }
-    qmodel.source, qmodel.preprocess = loaded.source, preprocess.to_dict()
-    # Whoever evaluates later leaves out what was trained on, as what was calibrated on.
-    qmodel.provenance = work.provenance(images if len(images) <= REMEMBERED else calib, train, seed)
-    qmodel.provenance |= {"calibration_images": data.count, "training_images": len(images)}
-    if len(images) > REMEMBERED:
-        say.note(f"of more than {REMEMBERED} images the artifact does not remember which: evaluate on others yourself")
-    result = Finish(out, force, eval_data, batch_size, skip_bad).save_and_score(
-        qmodel, loaded.model, result, scored, preprocess, where, say
-    )
-    remove(states)  # the artifact is there: nothing to go on with
-    report(result, out, say)
-    write_json(json, result)
-
-
-def readable(images: ImageSet, preprocess: Preprocess, data: str, say: Say) -> ImageSet:
-    """The images that can be decoded: each is, once, so that a run does not stop at one after hours.
-
-    Raises:
-        DataError: none can.
-    """
-    with say.task("decoding every image once", len(images)) as task:
-        for batch in images.batches(preprocess, batch_size=32, skip_bad=True):
-            task.advance(len(batch.ids))
-    return work.say_skipped(images, data, say)
+        result = Finish(out, force, eval_data, batch_size, skip_bad).save_and_score(
+            qmodel, loaded.model, result, scored, fed.prepare, where, say
+        )
+        remove(states)  # the artifact is there: nothing to go on with
+        report(result, out, say)
+        write_json(json, result)
 
 
 @dataclass(frozen=True)

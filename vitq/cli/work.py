@@ -160,13 +160,17 @@ def photos(
         images = say_skipped(_readable(images), data, say)
     if not len(images):
         raise DataError(f"no readable image in {data}")
+    return batches_of(images, inputs, device), images
 
+
+def batches_of(images: ImageSet, inputs: PhotoInput, device: torch.device) -> Batches:
+    """Photos as calibration batches, those alike together; decoded again for every go."""
     groups = inputs.alike(images.photo(position) for position in range(len(images)))
 
     def stream() -> Iterator[Any]:
         return (moved(inputs.batch([images.photo(position) for position in group]), device) for group in groups)
 
-    return Batches(stream, [len(group) for group in groups]), images
+    return Batches(stream, [len(group) for group in groups])
 
 
 def _readable(images: ImageSet) -> ImageSet:

@@ -45,8 +45,24 @@ class Examples(Protocol):
     def digest(self) -> str:
         """Of what there is and how it is augmented: a run only goes on with the same."""
 
-    def stream(self, batches: Sequence[Sequence[Draw]]) -> Iterator[tuple[Any, Tensor | None]]:
-        """(inputs as the model takes them, labels (B,) or None), for each of these batches."""
+    def stream(self, batches: Sequence[Sequence[Draw]]) -> Iterator[tuple[Any, Any]]:
+        """(inputs as the model takes them, labels), for each of these batches.
+
+        Labels are classes (B,), None, or whatever the model's own loss takes.
+        """
+
+
+class OwnLoss(Protocol):
+    """A loss of the model's own.
+
+    Attributes:
+        parts: the names of its parts.
+    """
+
+    parts: tuple[str, ...]
+
+    def __call__(self, model: nn.Module, inputs: Any, labels: Any) -> Mapping[str, Tensor]:
+        """Each part, summed over these examples, with gradients. The model is in evaluation mode, and must be after."""
 
 
 class Given:
@@ -105,6 +121,7 @@ class Training:
         measure: called with the model as it is quantized before the first step and after each of `looks` equal parts
             of them; what it returns is told in the artifact. In the first one of several processes.
         looks: how many parts.
+        loss: of the model's own, in place of the distance to the float model and the cross-entropy of classes.
         latent: called in the end with the model without its quantizers, and told as well.
 
     Raises:
@@ -124,6 +141,7 @@ class Training:
     measure: Measure | None = None
     looks: int = 4
     latent: Measure | None = None
+    loss: OwnLoss | None = None
 
     def __post_init__(self) -> None:
         if min(self.epochs, self.batch_size, self.micro_batch, self.looks) < 1:
@@ -178,5 +196,9 @@ class TrainingPass(Pass):
 
 def order_of(count: int, *seeds: int) -> list[int]:
     """A permutation that these whole numbers decide."""
-    mixed = int.from_bytes(hashlib.sha256(repr(seeds).encode()).digest()[:7], "little")
-    return torch.randperm(count, generator=torch.Generator().manual_seed(mixed)).tolist()
+    return torch.randperm(count, generator=torch.Generator().manual_seed(mixed(*seeds))).tolist()
+
+
+def mixed(*seeds: int) -> int:
+    """One seed of several whole numbers."""
+    return int.from_bytes(hashlib.sha256(repr(seeds).encode()).digest()[:7], "little")

@@ -47,14 +47,24 @@ class SemanticSet:
         Raises:
             DataError: a file that cannot be read, a mask in colours, or of another size than its image.
         """
-        for position, path in enumerate(self.masks):
-            image, labels = self.files.photo(position), read_mask(path)
-            if labels.shape != (image.height, image.width):
-                raise DataError(
-                    f"{path} is {labels.shape[1]} x {labels.shape[0]} pixels and its image {image.width} x "
-                    f"{image.height} (upright). Give masks of the size of the images."
-                )
-            yield self.files.ids[position], image, labels
+        for position in range(len(self)):
+            image = self.files.photo(position)
+            yield self.files.ids[position], image, self.labels(position, image)
+
+    def labels(self, position: int, image: Image) -> Tensor:
+        """(H, W) of the photo at this position.
+
+        Raises:
+            DataError: as above.
+        """
+        path = self.masks[position]
+        labels = read_mask(path)
+        if labels.shape != (image.height, image.width):
+            raise DataError(
+                f"{path} is {labels.shape[1]} x {labels.shape[0]} pixels and its image {image.width} x "
+                f"{image.height} (upright). Give masks of the size of the images."
+            )
+        return labels
 
 
 def open_semantic(masks: str | Path, folder: str | Path) -> SemanticSet:

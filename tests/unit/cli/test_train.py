@@ -208,3 +208,54 @@ def test_unreadable_images_are_left_out_where_that_is_asked_for(run: Run, tmp_pa
     assert answer.code == 0, answer.err
     assert answer.json["training_images"] == 19
     assert f"skipped 1 unreadable images of {folder}" in answer.err
+
+
+@pytest.mark.parametrize("task", ["instances", "segment"])
+def test_scenes_train_a_detector_and_a_segmenter_by_their_own_loss(
+    run: Run, tmp_path: Path, task: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(vitq.data.zoo.scenes.SETS, "scenes_calib", ("fashion_calib", 0, 6))
+    pytest.importorskip("faster_coco_eval")
+    pytest.importorskip("transformers")
+    (tmp_path / "models.py").write_text(
+        "from vitq.data.zoo.scene_models import scene_maskrcnn as instances, scene_segformer as segment\n"
+    )
+    scenes = [task, "--train", "zoo:scenes_calib", "--train-batch", "3", "--calib-size", "2"]
+    more = ["--size", "128"] if task == "segment" else []
+    model = f"{tmp_path / 'models.py'}:{task}"
+    answer = run("train", model, "--task", *scenes, *more, "--recipe", "lsq", "--out", tmp_path / "out", json_file=True)
+    assert answer.code == 0, answer.err
+    assert "2 steps of 3 of 6 images, by the model's own loss" in answer.err
+    log = vitq.artifact.schema.read(tmp_path / "out" / "config.json").log["train"][0]
+    assert log["parts"] == (["loss"] if task == "segment" else log["parts"])
+    assert len(log["parts"]) == (1 if task == "segment" else 5)
+    assert all(value > 0 for value in log["curve"][0][1].values())
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--task", "find"), "use classify, detect, instances or segment"),
+        (("--task", "detect"), "none of torchvision's detectors"),
+        (("--size", "64"), "are for --task"),
+        (("--images", "photos"), "are for --task"),
+    ],
+)
+def test_what_cannot_be_trained_so(run: Run, photos: Path, tmp_path: Path, more: Any, said: str) -> None:
+    assert said in run(*words(photos, tmp_path / "out", *more)).error
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--labels", "none"), "leave out --labels"),
+        (("--augment", "crop"), "leave out --labels"),
+        (("--skip-bad",), "leave out --labels"),
+        (("--images", "photos"), "brings its photos"),
+        (("--eval", "zoo:scenes_test"), "vitq evaluate"),
+    ],
+)
+def test_what_detectors_are_not_trained_with(run: Run, tmp_path: Path, more: Any, said: str) -> None:
+    pytest.importorskip("faster_coco_eval")
+    given = ("train", "zoo:scenes_maskrcnn", "--task", "instances", "--train", "zoo:scenes_calib")
+    assert said in run(*given, "--out", tmp_path / "out", *more).error

@@ -25,7 +25,7 @@ POINTS = 100  # of the curve
 WINDOW = 10  # steps
 DIVERGED = 3.0  # times the loss before training, in the mean of a window: that is worse than not training
 
-Part = tuple[Sequence[Draw], Any, Tensor | None]  # of a batch: which examples, inputs, labels
+Part = tuple[Sequence[Draw], Any, Any]  # of a batch: which examples, inputs, labels
 
 
 class Loss(Protocol):
@@ -37,7 +37,7 @@ class Loss(Protocol):
 
     parts: tuple[str, ...]
 
-    def __call__(self, inputs: Any, labels: Tensor | None, draws: Sequence[Draw]) -> dict[str, Tensor]:
+    def __call__(self, inputs: Any, labels: Any, draws: Sequence[Draw]) -> dict[str, Tensor]:
         """Each part, summed over these examples."""
 
 
@@ -181,8 +181,8 @@ class Loop:
             for draws, each in zip(batches, parts, strict=True):
                 yield draws, [self._part(part, *next(stream)) for part in each]
 
-    def _part(self, draws: Sequence[Draw], inputs: Any, labels: Tensor | None) -> Part:
-        return draws, moved(inputs, self.device), labels if labels is None else labels.to(self.device)
+    def _part(self, draws: Sequence[Draw], inputs: Any, labels: Any) -> Part:
+        return draws, moved(inputs, self.device), moved(labels, self.device)
 
     @torch.no_grad()
     def _start(self) -> float:

@@ -4,6 +4,7 @@ Formula: x^ = s (clip(round(x / s) + z, 0, 2^b - 1) - z), rounding passed over b
          loss = features |(f - f_float) V|^2 + labels CE(y, out) + logits KL(out_float || out), means over examples
          f (d) what goes into the head (without a head of one layer: the outputs), V (d, k) main directions of f_float
          outputs that are no logits (B, classes) have half the squared distance in place of the divergence
+         where training comes with a loss of the model's own (a detector's), that one in its place: own.py
 Source:  quantizers  LSQ, Esser et al., arXiv 1902.08153, equations 1 to 3
          features    GPLQ, arXiv 2506.11784, section 3.2
 
@@ -17,7 +18,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, final
 
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 
 from vitq.calibrate.features import Watched, heads_of
 from vitq.calibrate.sensitivity import divergence
-from vitq.core.batches import Batches, device_of, first_of
+from vitq.core.batches import Batches, device_of, first_of, moved
 from vitq.core.digest import of_tensors
 from vitq.core.errors import CompositionError, DataError, InputError
 from vitq.core.progress import Progress
@@ -36,13 +37,15 @@ from vitq.core.recipe import ACT_SCALES, PASSES, WEIGHT_SCALES
 from vitq.core.roles import WEIGHT
 from vitq.core.training import Draw, Training, TrainingPass
 from vitq.passes.train.keep import Keeper
-from vitq.passes.train.loop import Course, Group, Loop, crew
+from vitq.passes.train.loop import Course, Group, Loop, Loss, crew
+from vitq.passes.train.own import Own
 from vitq.passes.train.recompute import recomputed
 from vitq.passes.train.teacher import Teacher
 from vitq.quantizers.base import Quantizer
 
 LEAST = 0.01  # of its first value: a scale stays above
 WEIGHTS = ("float", "learn", "fixed")
+Autocast = Callable[[], AbstractContextManager[Any]]
 
 
 @PASSES.register("train")
@@ -101,6 +104,10 @@ class Train(TrainingPass):
             raise InputError(
                 "training takes models in float32: steps are smaller than half precision resolves; use model.float()"
             )
+        if self.training is not None and self.training.loss is not None:
+            self._refuse_begun(self.training, mine)
+            self._try(qmodel, self.training)
+            return
         labelled = self.training is not None and self.training.examples.labelled
         if self.parts["labels"] and not (self.parts["features"] or self.parts["logits"] or labelled):
             raise DataError(
@@ -109,9 +116,22 @@ class Train(TrainingPass):
         batch = next(iter(data))
         if self.training is None:
             Training.on(Batches.of([batch]))  # refuses batches that cannot be divided
-        elif self.training.begun and mine.is_main_process:
-            raise InputError(f"{self.training.file} is of a run that was begun; resume it, or delete the file")
+        else:
+            self._refuse_begun(self.training, mine)
         self._look(qmodel, data, first_of(batch), labelled)
+
+    @staticmethod
+    def _refuse_begun(training: Training, mine: Any) -> None:
+        if training.begun and mine.is_main_process:
+            raise InputError(f"{training.file} is of a run that was begun; resume it, or delete the file")
+
+    @torch.no_grad()
+    def _try(self, qmodel: QuantModel, training: Training) -> None:
+        """The model's own loss of one example, which raises what is wrong with it."""
+        inputs, labels = next(training.examples.stream([[(0, 0)]]))
+        assert training.loss is not None
+        own = Own(float_copy(qmodel), training.loss, qmodel.plan.seed, nullcontext)
+        own(moved(inputs, where(qmodel)), moved(labels, where(qmodel)), [(0, 0)])
 
     @torch.no_grad()
     def _look(self, qmodel: QuantModel, data: Batches, one: Any, labelled: bool) -> None:
@@ -127,7 +147,8 @@ class Train(TrainingPass):
         ]
         if lacks:
             raise CompositionError(
-                f"training: the model returns nothing by example that {' and '.join(lacks)} could be compared on"
+                f"training: the model returns nothing by example that {' and '.join(lacks)} could be compared on. A "
+                f"detector brings a loss of its own: vitq train --task, or Training(loss=…)"
             )
 
     def run(self, qmodel: QuantModel, data: Batches | None, progress: Progress) -> None:
@@ -145,15 +166,8 @@ class Train(TrainingPass):
     def _train(self, qmodel: QuantModel, data: Batches, progress: Progress) -> dict[str, Any]:
         training, device = self.training or Training.on(data), where(qmodel)
         fingerprint = self._fingerprint(qmodel, training)
-        heads = heads_of(qmodel.graph, qmodel.model)
-        teacher = None
-        if self.parts["features"] or self.parts["logits"]:
-            watched = Watched(self.teacher or float_copy(qmodel), heads, data.forward)
-            teacher = Teacher(watched, training, device, progress)
-        bases = teacher.bases(self.variance, qmodel.plan.seed) if teacher and self.parts["features"] else []
-        weights = {name: w for name, w in self.parts.items() if w and (name != "labels" or training.examples.labelled)}
         autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=training.precision == "bf16")
-        loss = Distance(Watched(qmodel.model, heads, data.forward), teacher, bases, weights, autocast)
+        loss, told = self._loss(qmodel, data, training, autocast, progress)
         sites = qmodel.sites(WEIGHT)
         if self.weights == "float":
             qmodel.set_state("off", sites)
@@ -165,12 +179,30 @@ class Train(TrainingPass):
             qmodel.quantizers[site].freeze()
         for site in sites if self.weights == "float" else ():
             qmodel.quantizers[site].unfit()
-        told = report(course, training, loss)
-        if teacher is not None:
-            told["targets"] = {"bytes": teacher.needed, "kept": teacher.kept is not None}
+        told |= report(course, training)
         if training.latent is not None and loop.crew.is_main_process:
             told["latent"] = dict(training.latent(float_copy(qmodel)))
         return told
+
+    def _loss(
+        self, qmodel: QuantModel, data: Batches, training: Training, autocast: Autocast, progress: Progress
+    ) -> tuple[Loss, dict[str, Any]]:
+        """What is made small, and what the artifact is told about it."""
+        if training.loss is not None:
+            own = Own(qmodel.model, training.loss, qmodel.plan.seed, autocast)
+            return own, {"loss": "of the model's own", "parts": list(own.parts)}
+        heads, device = heads_of(qmodel.graph, qmodel.model), where(qmodel)
+        teacher = None
+        if self.parts["features"] or self.parts["logits"]:
+            watched = Watched(self.teacher or float_copy(qmodel), heads, data.forward)
+            teacher = Teacher(watched, training, device, progress)
+        bases = teacher.bases(self.variance, qmodel.plan.seed) if teacher and self.parts["features"] else []
+        weights = {name: w for name, w in self.parts.items() if w and (name != "labels" or training.examples.labelled)}
+        student = Watched(qmodel.model, heads, data.forward)
+        told: dict[str, Any] = {"loss": weights, "directions": [basis.shape[1] for basis in bases]}
+        if teacher is not None:
+            told["targets"] = {"bytes": teacher.needed, "kept": teacher.kept is not None}
+        return Distance(student, teacher, bases, weights, autocast), told
 
     def _idle(self, qmodel: QuantModel) -> bool:
         """Whether weights are to be trained for activations that are in float."""
@@ -199,7 +231,9 @@ class Train(TrainingPass):
         return [group for group in groups if group.params]
 
     def _fingerprint(self, qmodel: QuantModel, training: Training) -> dict[str, str]:
-        settings = (training.epochs, training.batch_size, training.micro_batch, training.precision, training.recompute)
+        loss = () if training.loss is None else (type(training.loss).__qualname__, *training.loss.parts)
+        sizes = (training.epochs, training.batch_size, training.micro_batch)
+        settings = (*sizes, training.precision, training.recompute, *loss)
         plan = hashlib.sha256(str(qmodel.plan).encode()).hexdigest()
         return {
             "recipe": plan,
@@ -245,7 +279,7 @@ class Distance:
         teacher: Teacher | None,
         bases: list[Tensor],
         weights: dict[str, float],
-        autocast: Callable[[], AbstractContextManager[Any]],
+        autocast: Autocast,
     ) -> None:
         self.student, self.teacher, self.bases, self.weights = student, teacher, bases, weights
         self.parts, self.autocast = tuple(weights), autocast
@@ -271,7 +305,7 @@ class Distance:
         return {name: self.weights[name] * value for name, value in parts.items()}
 
 
-def report(course: Course, training: Training, loss: Distance) -> dict[str, Any]:
+def report(course: Course, training: Training) -> dict[str, Any]:
     """How a run went, for the artifact."""
     told: dict[str, Any] = {
         "start": course.start,
@@ -279,8 +313,6 @@ def report(course: Course, training: Training, loss: Distance) -> dict[str, Any]
         "epochs": training.epochs,
         "batch_size": training.batch_size,
         "steps": course.step,
-        "loss": loss.weights,
-        "directions": [basis.shape[1] for basis in loss.bases],
         "curve": course.curve,
         "measured": course.measured,
     }
