@@ -1,7 +1,7 @@
 """A second benchmark for choosing variants: DeiT-Tiny with a linear head on CIFAR-10. Writes results/cifar10_probe.csv.
 
     python benchmarks/cifar10_probe.py --recipes repq_vit dopq_vit --bits w4a4
-    python benchmarks/cifar10_probe.py --recipes dopq_vit --options softmax=logsqrt2 --name dopq_vit_log --bits w4a4
+    python benchmarks/cifar10_probe.py --recipes vitq_calib "vitq_calib gelu=uniform" "vitq_calib rounds=0"
 
 First, once: features of the frozen float model (what enters its head) on training images, and a linear head fitted on
 them (softmax regression, L2 chosen on training images that were held out). Features and head are kept in --store,
@@ -178,11 +178,12 @@ def options_of(words: list[str]) -> dict[str, Any]:
 def main() -> int:
     """Entry point."""
     options = parser(__doc__, "example: python benchmarks/cifar10_probe.py --recipes repq_vit dopq_vit --bits w4a4")
-    options.add_argument("--recipes", nargs="+", default=["repq_vit", "dopq_vit"], help="compared with the first")
+    options.add_argument(
+        "--recipes", nargs="+", default=["repq_vit", "dopq_vit"], metavar="'RECIPE [KEY=VALUE …]'",
+        help="with their options; compared with the first",
+    )  # fmt: skip
     options.add_argument("--bits", nargs="+", default=["w4a4"])
     options.add_argument("--seeds", nargs="+", type=int, default=[0], help="draw the calibration images")
-    options.add_argument("--options", nargs="*", default=[], metavar="KEY=VALUE", help="of every recipe in this run")
-    options.add_argument("--name", help="how the recipe is called in the results, if there is one")
     options.add_argument(
         "--store", type=Path, default=default_store(), help="features and heads (default: %(default)s)"
     )
@@ -192,8 +193,6 @@ def main() -> int:
     shared = Shared(args.shared)
     if shared.missing or not (shared.path / "data" / "cifar10").is_dir():
         options.error(f"nothing can be measured: {shared.missing or 'data/cifar10 is not there'}")
-    if args.name and len(args.recipes) != 1:
-        options.error("--name needs one recipe")
     if args.store.resolve().is_relative_to(ROOT):
         options.error("--store must be outside of the repository: it holds data that is not ours to publish")
     train, test = (200, 100) if args.quick else (args.train_images, args.test_images)
@@ -209,17 +208,18 @@ def main() -> int:
         for bits in args.bits:
             for seed in args.seeds:
                 first: Predictions | None = None
-                for recipe in args.recipes:
-                    row = {"name": args.name or recipe, "model": MODEL, "recipe": recipe, "bits": bits, "seed": seed}
+                for name in args.recipes:
+                    recipe, *changed = name.split()
+                    row = {"name": name, "model": MODEL, "recipe": recipe, "bits": bits, "seed": seed}
                     wanted = {"name": row["name"], "bits": bits, "seed": str(seed), "images": str(reference.images)}
                     wanted["commit"] = str(origin["commit"])
                     if len(args.recipes) == 1 and any(all(r[k] == v for k, v in wanted.items()) for r in known):
                         steps.step(f"{row['name']} {bits} seed {seed} is there")
                         continue
                     images = probe.calibration(seed)
-                    qmodel = vitq.quantize(model, recipe, bits, images, options=options_of(args.options), seed=seed)
+                    qmodel = vitq.quantize(model, recipe, bits, images, options=options_of(changed), seed=seed)
                     found = evaluate_classifier(qmodel, probe.test())
-                    row |= row_of(found, reference, first) | {"options": " ".join(args.options)}
+                    row |= row_of(found, reference, first) | {"options": " ".join(changed)}
                     first = found.predictions if first is None else first
                     append_rows(file, [row | {"calibration": f"{IMAGES} training images"} | origin], KEY)
                     steps.step(f"{row['name']} {bits} seed {seed}: top-1 {found.top1:.2f} %")

@@ -24,8 +24,9 @@ from torch import nn
 
 KEY = ("model", "recipe", "bits", "seed")
 COST_KEY = ("what", "model", "recipe", "bits", "images")
-MODELS = {"maskrcnn": "instances"}
-RECIPES = ("minmax", "percentile", "repq_vit", "dopq_vit", "apq_vit", "vitq_calib")
+MODELS = {"maskrcnn": "instances", "segformer": "segment"}
+BATCH = "4"  # of training
+RECIPES = ("minmax", "percentile", "repq_vit", "dopq_vit", "apq_vit", "vitq_calib", "gplq")
 BITS = ("w8a8", "w6a6", "w4a4")
 WHATS = ("maskrcnn", "segformer", "b0", "photos")
 CALIBRATION = 32
@@ -36,13 +37,20 @@ SIDE = 512  # of images for segmentation
 def table_row(name: str, recipe: str, bits: str, seed: int, limit: int | None) -> dict[str, Any]:
     """One model, quantized and measured by the two commands."""
     from vitq.cli import app
+    from vitq.core.format import Bits
+    from vitq.core.recipe import resolve_recipe
 
     with tempfile.TemporaryDirectory() as temporary:
         made, told = Path(temporary) / "made.json", Path(temporary) / "told.json"
         out, model = str(Path(temporary) / "out"), f"zoo:scenes_{name}"
         asked = ["--calib-size", str(CALIBRATION), "--seed", str(seed), "--out", out, "--json", str(made)]
+        trains = any(spec.name == "train" for spec in resolve_recipe(recipe, Bits.parse(bits)).passes)
+        if trains:  # on all scenes to calibrate on, once, by the model's own loss
+            fed = ["train", model, "--task", MODELS[name], "--train", "zoo:scenes_calib", "--train-batch", BATCH]
+        else:
+            fed = ["quantize", model, "--calib", "zoo:scenes_calib"]
         for words in (
-            ["quantize", model, "--recipe", recipe, "--bits", bits, "--calib", "zoo:scenes_calib", *asked],
+            [*fed, "--recipe", recipe, "--bits", bits, *asked],
             ["evaluate", out, "--task", MODELS[name], "--data", "zoo:scenes_test", "--fidelity", "--json", str(told),
              *([] if limit is None else ["--limit", str(limit)])],
         ):  # fmt: skip
@@ -59,6 +67,7 @@ def table_row(name: str, recipe: str, bits: str, seed: int, limit: int | None) -
                     (("", "mean"), ("_low", "low"), ("_high", "high"))}  # fmt: skip
     row["cost"] = round(first["seconds"] / max(first["float_forward_seconds"], 1e-9), 1)
     row |= {"seconds": first["seconds"], "bytes": first["bytes"], "kind": second["kind"]}
+    row["training"] = f"{first['training_images']} of zoo:scenes_calib" if trains else ""
     return row | {"calibration": f"{CALIBRATION} of zoo:scenes_calib", "evaluation": "zoo:scenes_test"}
 
 
@@ -117,7 +126,7 @@ def cost(what: str, recipe: str, count: int) -> dict[str, Any]:
         model, data = segformer_b0(), Photos(count, SIDE, SIDE, "pixel_values")
     else:
         model = load_model("zoo:scenes_maskrcnn").model if what == "maskrcnn" else scene_segformer().eval()
-        inputs = photo_input(model, 128 if what == "segformer" else None)
+        inputs = photo_input(model)
         assert inputs is not None
         data, _ = work.photos("zoo:scenes_calib", count, 0, inputs, torch.device("cpu"), False, Say(quiet=True))
     with torch.no_grad():

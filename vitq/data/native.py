@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 FORMS = ("list", "pixel_values")
 SHORTEST, LONGEST = 800, 1333  # of DETR and those after it
-SEGMENTED = 512  # height and width of SegFormer's images
+SEGMENTED = 512  # height and width of a segmenter's images, unless its configuration says
 TOGETHER, PIXELS = 8, 2**19  # photos of one batch at most, and how large they may be in all
 TORCHVISION = "GeneralizedRCNNTransform"  # what resizes and normalises inside of torchvision's detectors
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -109,7 +109,8 @@ def photo_input(model: nn.Module, size: int | None = None) -> PhotoInput | None:
     """How a detector or segmenter takes photos, None for a model that is neither by its looks.
 
     Args:
-        size: pixels of the shorter side (of both, for a segmenter), instead of what its library does by default.
+        size: pixels of the shorter side (of both, for a segmenter), instead of what its library does by default, or a
+            segmenter's configuration says.
 
     Raises:
         InputError: a size is given, and the model resizes photos itself.
@@ -127,8 +128,16 @@ def photo_input(model: nn.Module, size: int | None = None) -> PhotoInput | None:
         found = PhotoInput("pixel_values")
         found = found if size is None else replace(found, shortest=size, longest=round(size * LONGEST / SHORTEST))
     elif name.endswith("ForSemanticSegmentation"):
-        found = PhotoInput("pixel_values", square=size or SEGMENTED)
+        found = PhotoInput("pixel_values", square=size or _own_size(model.config) or SEGMENTED)
     return found
+
+
+def _own_size(config: Any) -> int | None:
+    """Height and width that a configuration names, where they are the same."""
+    size = getattr(config, "image_size", None)
+    sides = set(size) if isinstance(size, (list, tuple)) else {size}
+    side = sides.pop()
+    return side if isinstance(side, int) and not sides else None
 
 
 def _tensor(image: Image) -> torch.Tensor:

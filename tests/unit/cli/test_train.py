@@ -221,9 +221,8 @@ def test_scenes_train_a_detector_and_a_segmenter_by_their_own_loss(
         "from vitq.data.zoo.scene_models import scene_maskrcnn as instances, scene_segformer as segment\n"
     )
     scenes = [task, "--train", "zoo:scenes_calib", "--train-batch", "3", "--calib-size", "2"]
-    more = ["--size", "128"] if task == "segment" else []
     model = f"{tmp_path / 'models.py'}:{task}"
-    answer = run("train", model, "--task", *scenes, *more, "--recipe", "lsq", "--out", tmp_path / "out", json_file=True)
+    answer = run("train", model, "--task", *scenes, "--recipe", "lsq", "--out", tmp_path / "out", json_file=True)
     assert answer.code == 0, answer.err
     assert "2 steps of 3 of 6 images, by the model's own loss" in answer.err
     log = vitq.artifact.schema.read(tmp_path / "out" / "config.json").log["train"][0]

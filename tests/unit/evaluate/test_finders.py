@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -115,6 +116,18 @@ def test_photos_become_inputs_as_the_library_prepares_them() -> None:
         with pytest.raises(InputError, match="photos"):
             PhotoInput.from_dict(bad)
     assert photo_input(nn.Identity()) is None
+
+
+@pytest.mark.parametrize(("named", "square"), [(None, 512), (64, 64), ((64, 64), 64), ((64, 48), 512)])
+def test_a_segmenter_gets_the_size_that_its_configuration_names(named: Any, square: int) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_sizes": [8, 8, 8, 8], "num_attention_heads": [1, 1, 1, 1], "decoder_hidden_size": 8}
+    config = transformers.SegformerConfig(**sizes)
+    if named is not None:
+        config.image_size = named
+    model = transformers.SegformerForSemanticSegmentation(config)
+    assert photo_input(model) == PhotoInput("pixel_values", square=square)
+    assert photo_input(model, 96) == PhotoInput("pixel_values", square=96)
 
 
 def test_photos_go_together_where_nothing_is_padded_and_they_are_few() -> None:

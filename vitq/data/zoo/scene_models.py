@@ -113,6 +113,7 @@ def scene_segformer() -> nn.Module:
         decoder_hidden_size=64,
         classifier_dropout_prob=0.0,
         drop_path_rate=0.0,
+        image_size=SIZE,
         id2label=dict(enumerate(("background", *CLASSES))),
     )
     model: nn.Module = library.SegformerForSemanticSegmentation(config)
