@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from vitq.report.table import markdown_table, read_results
@@ -85,12 +86,12 @@ def dopq_accuracy(folder: Path) -> str | None:
     return f"{markdown_table(table, list(table[0]))}\n\nSimulated; float {float(first['top1_float']):.2f} %. {where}."
 
 
-def cifar10(folder: Path) -> str | None:
+def cifar10(folder: Path, recipes: frozenset[str]) -> str | None:
     """The second benchmark: DeiT-Tiny with a linear head on CIFAR-10."""
     file = folder / "cifar10_probe.csv"
-    if not file.exists():
+    rows = [row for row in read_results(file) if row["recipe"] in recipes] if file.exists() else []
+    if not rows:
         return None
-    rows = read_results(file)
     table = [
         {
             "bits": row["bits"],
@@ -141,7 +142,7 @@ PAGES: dict[str, dict[str, Callable[[Path], str | None]]] = {
     "dopq_vit.md": {
         "softmax_formats": softmax_formats,
         "dopq_accuracy": dopq_accuracy,
-        "cifar10_probe": cifar10,
+        "cifar10_probe": partial(cifar10, recipes=frozenset({"repq_vit", "dopq_vit"})),
     },
-    "vitq_calib.md": {"ablation": ablation},
+    "vitq_calib.md": {"ablation": ablation, "cifar10_probe": partial(cifar10, recipes=frozenset({"vitq_calib"}))},
 }

@@ -30,6 +30,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gplq as the paper": ("gplq", PAPER),
     "gplq logits=1 features=0": ("gplq", {"features": 0.0, "logits": 1.0}),
     "lsq": ("lsq", {}),
+    "direct": ("direct", {}),
+    "prequant": ("prequant", {}),
+    "rotated_ste": ("rotated_ste", {}),
 }
 KEY = ("model", "variant", "bits", "seed", "photos", "epochs", "batch", "evaluation")
 

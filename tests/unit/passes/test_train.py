@@ -262,6 +262,31 @@ def test_weights_are_trained_as_they_are_quantized_or_not_at_all(weights: str) -
     assert qmodel.freeze().frozen
 
 
+@pytest.mark.parametrize("chosen", [False, True])
+def test_of_outliers_alone_the_codes_change(chosen: bool) -> None:
+    """Of weights that were quantized, by the nearest codes or by others that a pass chose, the largest move."""
+    share = 0.02
+    train = PassSpec.of("train", weights="outliers", outliers=share, rate=3e-2, scale_rate=0.0, logits=1.0)
+    fit, chooses = PassSpec.of("fit"), (PassSpec.of("round_columns"),) if chosen else ()
+    whole = gplq_like()
+    kept = [
+        vitq.quantize(build_zoo("seeded_vit"), replace(whole, passes=passes), "w4a4", seeded_images(8), **more)
+        for passes, more in (((fit, *chooses), {}), ((fit, *chooses, train), {"training": training()}))
+    ]
+    float_model, changed = build_zoo("seeded_vit"), 0
+    for site in kept[0].sites(WEIGHT):
+        before, after = (qmodel.model.get_parameter(site.param or "") for qmodel in kept)
+        assert torch.equal(*(torch.stack(list(q.quantizers[site].params().values())) for q in kept))
+        size = float_model.get_parameter(site.param or "").abs()
+        differ = (before != after).reshape(size.shape)
+        least = size.flatten().topk(max(1, round(share * size.numel()))).values[-1]
+        assert not bool((differ & (size < least)).any()), site.id
+        changed += int(differ.sum())
+    assert changed > 20
+    biases = [name for name, _ in float_model.named_parameters() if name.endswith("bias") and not chosen]
+    assert all(torch.equal(kept[1].model.get_parameter(n), float_model.get_parameter(n)) for n in biases)
+
+
 def test_activations_in_float_leave_nothing_to_train() -> None:
     qmodel = trained(bits="w4a16")
     assert qmodel.log["train"][0]["steps"] == 0
@@ -540,7 +565,15 @@ def test_a_recipe_that_trains_nothing_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"weights": "some"}, {"rate": -1.0}, {"variance": 0.0}, {"features": 0.0, "labels": 0.0}]
+    "options",
+    [
+        {"weights": "some"},
+        {"rate": -1.0},
+        {"outliers": 0.0},
+        {"outliers": 1.5},
+        {"variance": 0.0},
+        {"features": 0.0, "labels": 0.0},
+    ],
 )
 def test_options_that_cannot_be_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(CompositionError, match="pass 'train'"):

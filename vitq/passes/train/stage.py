@@ -44,7 +44,7 @@ from vitq.passes.train.teacher import Teacher
 from vitq.quantizers.base import Quantizer
 
 LEAST = 0.01  # of its first value: a scale stays above
-WEIGHTS = ("float", "learn", "fixed")
+WEIGHTS = ("float", "learn", "fixed", "outliers")
 Autocast = Callable[[], AbstractContextManager[Any]]
 
 
@@ -55,7 +55,9 @@ class Train(TrainingPass):
 
     Args:
         weights: "float" (trained without their quantizers, which must be fitted after), "learn" (trained as they are
-            quantized, with their scales), "fixed" (not trained, quantized).
+            quantized, with their scales), "fixed" (not trained, quantized), "outliers" (of weights that are quantized
+            the largest are trained, as they are quantized, and nothing else of the model).
+        outliers: share of each weight's entries that are.
         rate: of the parameters, constant.
         scale_rate: of scales, in parts of each scale's own size (its first value).
         features: weight of the distance to the float model's features, along their main directions.
@@ -79,6 +81,7 @@ class Train(TrainingPass):
         variance: float = 0.6,
         labels: float = 1.0,
         logits: float = 0.0,
+        outliers: float = 0.005,
     ) -> None:
         if weights not in WEIGHTS:
             raise CompositionError(f"pass 'train': unknown weights {weights!r}; use one of {', '.join(WEIGHTS)}")
@@ -86,7 +89,9 @@ class Train(TrainingPass):
             raise CompositionError("pass 'train': needs rates of which one is above zero, and 0 < variance <= 1")
         if min(features, labels, logits) < 0 or not max(features, labels, logits) > 0:
             raise CompositionError("pass 'train': one of features, labels and logits must be above zero, none below")
-        self.weights, self.rate, self.scale_rate = weights, rate, scale_rate
+        if not 0 < outliers <= 1:
+            raise CompositionError(f"pass 'train': outliers is a share above 0 and at most 1, not {outliers}")
+        self.weights, self.rate, self.scale_rate, self.outliers = weights, rate, scale_rate, outliers
         self.variance, self.parts = variance, {"features": features, "labels": labels, "logits": logits}
         if weights == "float":
             self.drops = frozenset({WEIGHT_SCALES})
@@ -211,6 +216,9 @@ class Train(TrainingPass):
     def _trained(self, qmodel: QuantModel) -> list[str]:
         """Names of what is trained: parameters, and sites whose scales are."""
         free = [name for name, p in qmodel.model.named_parameters() if p.requires_grad]
+        if self.weights == "outliers":
+            weights = {site.param for site in qmodel.sites(WEIGHT)}
+            free = [name for name in free if name in weights]
         scales = [site.id for site in qmodel.sites() if site.role != WEIGHT or self.weights == "learn"]
         return (free if self.weights != "fixed" and self.rate else []) + (scales if self.scale_rate else [])
 
@@ -227,8 +235,26 @@ class Train(TrainingPass):
             scales |= {f"{site.id}|{name}": getattr(quantizer, name) for name in quantizer.learned}
         sizes = {name: scale.detach().abs().clone() for name, scale in scales.items()}
         least = {name: LEAST * size for name, size in sizes.items()}
-        groups = [Group(self.rate, free), Group(self.scale_rate, scales, sizes, least)]
+        moving = self._outliers(qmodel, free) if self.weights == "outliers" else {}
+        groups = [Group(self.rate, free, moving), Group(self.scale_rate, scales, sizes, least)]
         return [group for group in groups if group.params]
+
+    @torch.no_grad()
+    def _outliers(self, qmodel: QuantModel, free: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+        """1 at the entries that are trained; the others are put where their codes are, so that they keep these."""
+        moving: dict[str, Tensor] = {}
+        for site in qmodel.sites(WEIGHT):
+            name, quantizer = site.param or "", qmodel.quantizers[site]
+            if name not in free or not isinstance(quantizer, Quantizer):
+                continue
+            weight = free[name]
+            size = weight.abs().flatten()
+            largest = size.topk(max(1, round(self.outliers * len(size)))).indices
+            moving[name] = torch.zeros_like(size).index_fill_(0, largest, 1.0).view_as(weight)
+            held = quantizer.quantized(weight) if quantizer.rounded is None else quantizer.rounded
+            weight.copy_(torch.where(moving[name] > 0, weight, held))
+            quantizer.rounded = None
+        return moving
 
     def _fingerprint(self, qmodel: QuantModel, training: Training) -> dict[str, str]:
         loss = () if training.loss is None else (type(training.loss).__qualname__, *training.loss.parts)
