@@ -33,6 +33,7 @@ from vitq.core.progress import Task
 from vitq.core.qmodel import QuantModel
 
 GRADIENT_IMAGES = 2  # at a time: what a backward keeps of them is about what a float forward of 32 takes
+LARGE = 2**26  # parameters: of a model with more, one at a time
 PERTURBED_IMAGES = 4  # the forwards and backwards of "perturbation" are one pair for every block
 STEP = 0.01  # of a perturbation, in parts of the output's root mean square: gradients differ beyond float noise
 PROBES = ("hessian", "fisher", "blockwise", "perturbation")
@@ -62,7 +63,7 @@ def run_backward(
     seen = 0
     with _frozen(qmodel.model):
         for batch in data:
-            for part in split(batch, GRADIENT_IMAGES):
+            for part in split(batch, images_at_a_time(qmodel.model)):
                 images = leading_size(part)
                 draws = [_generator(seed, seen + image) for image in range(images)]
                 blocks = _Blocks(qmodel, draws, roots) if through_blocks else _NoBlocks()
@@ -79,6 +80,11 @@ def run_backward(
                 seen += images
                 give_back()  # what is kept of each part lies between activations that are gone
             task.advance()
+
+
+def images_at_a_time(model: nn.Module) -> int:
+    """How many images a backward takes: what it keeps of each grows with the width of the model."""
+    return 1 if sum(p.numel() for p in model.parameters()) > LARGE else GRADIENT_IMAGES
 
 
 class _NoBlocks:

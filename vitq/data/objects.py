@@ -165,7 +165,7 @@ class DetectionLoss:
         self.parts: tuple[str, ...] = ()
         inputs, targets = next(examples.stream([[(0, 0)]]))
         device = next(model.parameters()).device
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
             images, known = [i.to(device) for i in inputs], [{k: v.to(device) for k, v in t.items()} for t in targets]
             self.parts = tuple(self(model, images, known))
 

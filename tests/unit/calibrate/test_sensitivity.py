@@ -210,7 +210,9 @@ def test_perturbation_squares_average_to_its_metric(many: Batches) -> None:
 
 
 @each_probe
-def test_random_numbers_belong_to_an_image_whatever_the_micro_batches(probe: str) -> None:
+def test_random_numbers_belong_to_an_image_whatever_the_micro_batches(
+    probe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     images = torch.randn(10, 2, 3)
     runs = [
         gradients(Small(), Batches.of(cut), probe)
@@ -222,6 +224,9 @@ def test_random_numbers_belong_to_an_image_whatever_the_micro_batches(probe: str
     again, another = (gradients(Small(), Batches.of([images]), probe, seed=seed) for seed in (0, 1))
     assert torch.equal(again, runs[0])
     assert not torch.allclose(another, runs[0])
+    monkeypatch.setattr(sensitivity, "LARGE", 0)
+    assert sensitivity.images_at_a_time(Small()) == 1
+    torch.testing.assert_close(gradients(Small(), Batches.of([images]), probe), runs[0], rtol=1e-4, atol=1e-6)
 
 
 class TwoOutputs(nn.Module):

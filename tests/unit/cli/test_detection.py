@@ -268,6 +268,15 @@ def test_scenes_that_come_with_vitq_need_no_files(run: Run, tmp_path: Path) -> N
     assert "at their own sizes" in run("evaluate", "zoo:scenes_maskrcnn", "--data", "zoo:fashion_test").error
 
 
+def test_one_photo_calibrates_a_detector_as_in_the_papers(run: Run, tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    words = ("--calib", "zoo:scenes_calib", "--calib-size", "1", "--bits", "w8a8", "--out", out)
+    made = run("quantize", "zoo:scenes_maskrcnn", "--recipe", "repq_vit", *words, json_file=True)
+    assert made.json["calibration_images"] == 1
+    told = run("evaluate", out, "--task", "detect", "--data", "zoo:scenes_test", "--limit", "20", json_file=True).json
+    assert abs(told["box_ap"] - told["box_ap_float"]) < 5
+
+
 @pytest.mark.real
 def test_photos_of_coco_at_their_own_sizes(run: Run, world: Path, shared: Path, tmp_path: Path) -> None:
     root = shared / "data" / "coco128"

@@ -213,6 +213,25 @@ def test_a_segmenter_of_transformers_learns_by_its_own_loss(tmp_path: Path, trut
     assert told["curve"][-1][1]["loss"] < told["curve"][0][1]["loss"]
 
 
+def test_a_detector_of_transformers_learns_by_its_own_loss(photos: CocoSet) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("scipy")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    config = transformers.YolosConfig(
+        **sizes, patch_size=8, image_size=[32, 32], num_detection_tokens=8, num_labels=2, hidden_dropout_prob=0.5
+    )
+    model = transformers.YolosForObjectDetection(config).eval()
+    examples = ObjectExamples(photos, PhotoInput("pixel_values", shortest=32, longest=64), [3, 7])
+    state = torch.get_rng_state()
+    losses = [own_loss(model, examples)(model, *taken(examples, 0))["loss"] for _ in range(2)]
+    assert torch.equal(*losses), "nothing is dropped"
+    (told,) = trained(model, examples, epochs=6).log["train"]
+    assert told["parts"] == ["loss"]
+    assert told["curve"][-1][1]["loss"] < told["curve"][0][1]["loss"]
+    assert torch.equal(state, torch.get_rng_state())
+
+
 def test_a_model_that_is_no_detector_is_refused(photos: CocoSet) -> None:
     with pytest.raises(InputError, match=r"none of torchvision's detectors"):
         DetectionLoss(nn.Linear(2, 2), ObjectExamples(photos, LIST, [3, 7]))
