@@ -17,6 +17,7 @@ from __future__ import annotations
 from vitq.core import roles
 from vitq.core.format import Format
 from vitq.core.recipe import PassSpec, Recipe, Rule, recipe
+from vitq.core.rules import behind_gelu, channels_behind_norms, uniform_but
 
 SQRT_TWO = 18.5  # q of base sqrt(2)
 CHANNEL_ROWS = 8192  # 32 images of 197 tokens have 6304: what a sample leaves out is clipped, which 8 bits show
@@ -41,29 +42,23 @@ def adalog(
     base = 0.0 if adaptive else SQRT_TWO
     softmax = Format.of("adaptive_log", act_bits, unit=True, fixed=base, extra_zero_level=parity)
     shifted = Format.of("adaptive_log", act_bits, shifted=True, fixed=base, extra_zero_level=parity)
-    folded = (roles.QKV_IN, roles.FC1_IN, roles.MERGE_IN)
     search = "progressive" if progressive else "grid"
     channels = PassSpec.of("fit_products", search=search, mixed=True, rows=CHANNEL_ROWS, steps=steps)
     fit = PassSpec.of("fit_products", search=search, alone=True, rounds=rounds, rows=rows, steps=steps)
     return Recipe(
         name="adalog",
         paper="arXiv 2407.12951",
-        formats=(
-            Rule(Format("uniform", act_bits)),
+        formats=uniform_but(
+            weight_bits,
+            act_bits,
             *(
                 (Rule(Format("uniform", act_bits, "head"), (roles.QUERY, roles.KEY, roles.VALUE), axis="head"),)
                 if heads
                 else ()
             ),
-            *((Rule(Format("uniform", act_bits, "channel"), folded, after_norm=True),) if fold else ()),
-            *(
-                Rule(shifted, (roles.FC2_IN,), producer=name)
-                for name in ("gelu", "quick_gelu")
-                if gelu == "adaptive_log"
-            ),
+            *((channels_behind_norms(act_bits),) if fold else ()),
+            *(behind_gelu(shifted) if gelu == "adaptive_log" else ()),
             Rule(softmax, (roles.SOFTMAX_OUT,)),
-            Rule(Format("uniform", 8), (roles.PATCH_IN, roles.CONV_IN)),
-            Rule(Format("uniform", weight_bits, "channel"), (roles.WEIGHT,)),
         ),
         passes=(
             PassSpec.of("fit"),

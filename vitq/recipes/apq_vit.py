@@ -23,6 +23,7 @@ from __future__ import annotations
 from vitq.core import roles
 from vitq.core.format import Format
 from vitq.core.recipe import PassSpec, Recipe, Rule, recipe
+from vitq.core.rules import behind_gelu, uniform_but
 
 
 @recipe
@@ -48,13 +49,12 @@ def apq_vit(
     return Recipe(
         name="apq_vit",
         paper="arXiv 2303.14341",
-        formats=(
-            Rule(Format("uniform", act_bits)),
+        formats=uniform_but(
+            weight_bits,
+            act_bits,
             Rule(Format("uniform", act_bits, "head"), roles=heads),
             Rule(Format(softmax, act_bits, "head"), roles=(roles.SOFTMAX_OUT,)),
-            *(Rule(Format(gelu, act_bits), (roles.FC2_IN,), producer=name) for name in ("gelu", "quick_gelu")),
-            Rule(Format("uniform", 8), roles=(roles.PATCH_IN, roles.CONV_IN)),
-            Rule(Format("uniform", weight_bits, "channel"), roles=(roles.WEIGHT,)),
+            *behind_gelu(Format(gelu, act_bits)),
         ),
         passes=(
             PassSpec.of("fit"),

@@ -11,6 +11,7 @@ from __future__ import annotations
 from vitq.core import roles
 from vitq.core.format import Format
 from vitq.core.recipe import PassSpec, Recipe, Rule, recipe
+from vitq.core.rules import behind_gelu, channels_behind_norms, uniform_but
 
 LOG = "adaptive_log"
 
@@ -35,18 +36,16 @@ def direct(
         variance: share of the features' variance that is compared.
     """
     fit = PassSpec.of("fit", method="percentile_mse", weight_method="percentile_mse", flow="prefix")
-    folded = (roles.QKV_IN, roles.FC1_IN, roles.MERGE_IN)
     after_gelu = Format.of(LOG, act_bits, shifted=True)
     return Recipe(
         name="direct",
         paper="arXiv 2506.11784",
-        formats=(
-            Rule(Format("uniform", act_bits)),
-            Rule(Format("uniform", act_bits, "channel"), roles=folded, after_norm=True),
-            *(Rule(after_gelu, (roles.FC2_IN,), producer=name) for name in ("gelu", "quick_gelu")),
+        formats=uniform_but(
+            weight_bits,
+            act_bits,
+            channels_behind_norms(act_bits),
+            *behind_gelu(after_gelu),
             Rule(Format(LOG, act_bits), roles=(roles.SOFTMAX_OUT,)),
-            Rule(Format("uniform", 8), roles=(roles.PATCH_IN, roles.CONV_IN)),
-            Rule(Format("uniform", weight_bits, "channel"), roles=(roles.WEIGHT,)),
         ),
         passes=(
             fit,

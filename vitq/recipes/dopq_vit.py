@@ -18,22 +18,21 @@ from __future__ import annotations
 from vitq.core import roles
 from vitq.core.format import Format
 from vitq.core.recipe import PassSpec, Recipe, Rule, recipe
+from vitq.core.rules import channels_behind_norms, uniform_but
 
 
 @recipe
 def dopq_vit(weight_bits: int, act_bits: int, softmax: str = "tan", aggregate: str = "median") -> Recipe:
     """Tangent levels after softmax chosen by the error of A V; median scales folded into LayerNorm. Reconstruction."""
     fit = PassSpec.of("fit", method="percentile_mse", weight_method="percentile_mse", flow="prefix")
-    folded = (roles.QKV_IN, roles.FC1_IN, roles.MERGE_IN)
     return Recipe(
         name="dopq_vit",
         paper="arXiv 2408.03291",
-        formats=(
-            Rule(Format("uniform", act_bits)),
-            Rule(Format("uniform", act_bits, "channel"), roles=folded, after_norm=True),
+        formats=uniform_but(
+            weight_bits,
+            act_bits,
+            channels_behind_norms(act_bits),
             Rule(Format(softmax, act_bits), roles=(roles.SOFTMAX_OUT,)),
-            Rule(Format("uniform", 8), roles=(roles.PATCH_IN, roles.CONV_IN)),
-            Rule(Format("uniform", weight_bits, "channel"), roles=(roles.WEIGHT,)),
         ),
         passes=(fit, PassSpec.of("fold_norm_scale", aggregate=aggregate), fit, PassSpec.of("fit_attention")),
         note="a reconstruction: the paper's formulas are not public",

@@ -11,9 +11,8 @@ learned, so that it works without labels.
 
 from __future__ import annotations
 
-from vitq.core import roles
-from vitq.core.format import Format
-from vitq.core.recipe import PassSpec, Recipe, Rule, recipe
+from vitq.core.recipe import PassSpec, Recipe, recipe
+from vitq.core.rules import uniform_but
 
 
 @recipe
@@ -35,11 +34,7 @@ def prequant(
     return Recipe(
         name="prequant",
         paper="arXiv 2306.00014",
-        formats=(
-            Rule(Format("uniform", act_bits)),
-            Rule(Format("uniform", 8), roles=(roles.PATCH_IN, roles.CONV_IN)),
-            Rule(Format("uniform", weight_bits, "channel"), roles=(roles.WEIGHT,)),
-        ),
+        formats=uniform_but(weight_bits, act_bits),
         passes=(
             PassSpec.of("fit", method="percentile_mse", weight_method="percentile_mse"),
             PassSpec.of(

@@ -18,6 +18,7 @@ from __future__ import annotations
 from vitq.core import roles
 from vitq.core.format import Format
 from vitq.core.recipe import PassSpec, Recipe, Rule, recipe
+from vitq.core.rules import channels_behind_norms, uniform_but
 
 
 @recipe
@@ -25,16 +26,14 @@ def repq_vit(weight_bits: int, act_bits: int, parity: bool = False) -> Recipe:
     """Channel scales folded into LayerNorm, log base sqrt(2) after softmax."""
     fit = PassSpec.of("fit", method="percentile_mse", weight_method="percentile_mse", flow="prefix", exact=parity)
     softmax = Format.of("logsqrt2", act_bits, extra_zero_level=True) if parity else Format("logsqrt2", act_bits)
-    folded = (roles.QKV_IN, roles.FC1_IN, roles.MERGE_IN)
     return Recipe(
         name="repq_vit",
         paper="arXiv 2212.08254",
-        formats=(
-            Rule(Format("uniform", act_bits)),
-            Rule(Format("uniform", act_bits, "channel"), roles=folded, after_norm=True),
+        formats=uniform_but(
+            weight_bits,
+            act_bits,
+            channels_behind_norms(act_bits),
             Rule(softmax, roles=(roles.SOFTMAX_OUT,)),
-            Rule(Format("uniform", 8), roles=(roles.PATCH_IN, roles.CONV_IN)),
-            Rule(Format("uniform", weight_bits, "channel"), roles=(roles.WEIGHT,)),
         ),
         passes=(fit, PassSpec.of("fold_norm_scale", parity=parity), fit),
         note="parity mode: official arithmetic, not exportable" if parity else "",

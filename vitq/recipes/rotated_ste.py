@@ -9,9 +9,8 @@ merged into the weights, so that nothing is computed for them at inference; and 
 
 from __future__ import annotations
 
-from vitq.core import roles
-from vitq.core.format import Format
-from vitq.core.recipe import PassSpec, Recipe, Rule, recipe
+from vitq.core.recipe import PassSpec, Recipe, recipe
+from vitq.core.rules import uniform_but
 
 
 @recipe
@@ -33,11 +32,7 @@ def rotated_ste(
     return Recipe(
         name="rotated_ste",
         paper="arXiv 2502.09003",
-        formats=(
-            Rule(Format("uniform", act_bits)),
-            Rule(Format("uniform", 8), roles=(roles.PATCH_IN, roles.CONV_IN)),
-            Rule(Format("uniform", weight_bits, "channel"), roles=(roles.WEIGHT,)),
-        ),
+        formats=uniform_but(weight_bits, act_bits),
         passes=(
             PassSpec.of("rotate"),
             PassSpec.of("fit", method="percentile_mse", weight_method="percentile_mse"),

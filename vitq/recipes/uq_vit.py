@@ -18,6 +18,7 @@ from __future__ import annotations
 from vitq.core import roles
 from vitq.core.format import Format
 from vitq.core.recipe import PassSpec, Recipe, Rule, recipe
+from vitq.core.rules import uniform_but
 
 
 @recipe
@@ -42,14 +43,13 @@ def uq_vit(
     return Recipe(
         name="uq_vit",
         paper="AAAI 2026",
-        formats=(
-            Rule(Format("uniform", act_bits)),
+        formats=uniform_but(
+            weight_bits,
+            act_bits,
             *(balanced if norm_quant else ()),
             Rule(
                 Format("demax", act_bits, "row") if demax else Format("uniform", act_bits), roles=(roles.SOFTMAX_OUT,)
             ),
-            Rule(Format("uniform", 8), roles=(roles.PATCH_IN, roles.CONV_IN)),
-            Rule(Format("uniform", weight_bits, "channel"), roles=(roles.WEIGHT,)),
         ),
         passes=(fit, PassSpec.of("balance_channels"), fit) if norm_quant else (fit,),
     )

@@ -39,6 +39,7 @@ from __future__ import annotations
 from vitq.core import roles
 from vitq.core.format import Format
 from vitq.core.recipe import PassSpec, Recipe, Rule, recipe
+from vitq.core.rules import behind_gelu, channels_behind_norms, uniform_but
 
 LOG_BITS = 6  # beyond, steps of a logarithm are coarser where values are large than those of two ranges
 
@@ -79,7 +80,6 @@ def vitq_calib(
     balanced = PassSpec.of("balance_channels", rows=128, method="minmax", flow="parallel")
     search = PassSpec.of("fit_products", objective=objective, rounds=max(rounds, 1), steps=steps)
     columns_and_biases = PassSpec.of("round_columns", weighted=weighted, biases=biases, absorb=absorb)
-    folded = (roles.QKV_IN, roles.FC1_IN, roles.MERGE_IN)
     per_channel = Format("uniform", act_bits, "channel")
     searched = "adaptive_log"
     if gelu == "auto":
@@ -88,14 +88,13 @@ def vitq_calib(
     return Recipe(
         name="vitq_calib",
         paper="our own; parts from RepQ-ViT (ICCV 2023), AdaLog (ECCV 2024) and GPTQ (ICLR 2023)",
-        formats=(
-            Rule(Format("uniform", act_bits)),
-            Rule(per_channel, roles=folded, after_norm=True),
+        formats=uniform_but(
+            weight_bits,
+            act_bits,
+            channels_behind_norms(act_bits),
             *((Rule(per_channel, roles=(roles.PROJ_IN,)),) if balance else ()),
-            *(Rule(after_gelu, (roles.FC2_IN,), producer=name) for name in ("gelu", "quick_gelu")),
+            *behind_gelu(after_gelu),
             Rule(Format(softmax, act_bits), roles=(roles.SOFTMAX_OUT,)),
-            Rule(Format("uniform", 8), roles=(roles.PATCH_IN, roles.CONV_IN)),
-            Rule(Format("uniform", weight_bits, "channel"), roles=(roles.WEIGHT,)),
         ),
         passes=(
             PassSpec.of("fit") if balance else fit,
