@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +54,14 @@ class Part:
         batch: of a step.
         size: of a scene, in pixels.
         most: items of a scene.
+        again: rates rise and fall once more from here on, up to this share of the peak; None goes on as before.
     """
 
     scenes: int
     batch: int
     size: int = SIZE
     most: int = MOST
+    again: float | None = None
 
     @property
     def steps(self) -> int:
@@ -140,7 +143,7 @@ def train(job: Job, items: Any, seed: int, path: Path) -> nn.Module:
         torch.manual_seed(seed + step)  # which regions are looked at; so that a second start draws the same
         for optimizer, peak in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = rate_at(step, steps, peak)
+                group["lr"] = scheduled(job.parts, step, peak)
         loss = job.loss(model.train(), batch, inputs)
         for optimizer, _ in optimizers:
             optimizer.zero_grad()
@@ -157,6 +160,20 @@ def train(job: Job, items: Any, seed: int, path: Path) -> nn.Module:
             replace_file(path, lambda temporary, state=state: torch.save(state, temporary))  # type: ignore[misc]
             total, since = 0.0, 0
     return model.eval()
+
+
+def scheduled(parts: Sequence[Part], step: int, peak: float) -> float:
+    """The rate of a step: a rise and a fall over all parts, or up to the one that begins again."""
+    first = 0
+    for number, part in enumerate(parts):
+        behind = list(takewhile(lambda other: other.again is None, parts[number + 1 :]))
+        steps = sum(each.steps for each in (part, *behind))
+        if number and part.again is None:
+            continue
+        if step < first + steps:
+            return rate_at(step - first, steps, peak * (1.0 if part.again is None else part.again))
+        first += steps
+    raise ValueError(f"step {step} is behind the last")
 
 
 def batches(parts: Sequence[Part], items: Any, seed: int, first: int) -> Iterator[list[Scene]]:
@@ -196,7 +213,11 @@ JOBS = {
     "maskrcnn": Job(scene_maskrcnn, detection_loss, 1.2e-3, (Part(60_000, 8),)),
     # Items by themselves first: in whole scenes it takes tens of thousands until classes are told apart at all.
     "segformer": Job(
-        scene_segformer, segmentation_loss, 3e-3, (Part(60_000, 32, 64, 1), Part(160_000, 16)), matrix_rate=2e-2
+        scene_segformer,
+        segmentation_loss,
+        3e-3,
+        (Part(60_000, 32, 64, 1), Part(160_000, 16), Part(112_000, 16, again=0.5)),
+        matrix_rate=2e-2,
     ),
 }
 

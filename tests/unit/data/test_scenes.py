@@ -123,6 +123,20 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(
         assert torch.equal(one, other), name
 
 
+def test_rates_rise_and_fall_over_parts_and_once_more_where_one_begins_again() -> None:
+    module = script()
+    first = (module.Part(40, 2), module.Part(120, 2))
+    rates = [module.scheduled(first, step, 1.0) for step in range(80)]
+    assert rates == [module.rate_at(step, 80, 1.0) for step in range(80)]
+    more = (*first, module.Part(60, 2, again=0.5), module.Part(20, 2))
+    longer = [module.scheduled(more, step, 1.0) for step in range(120)]
+    assert longer[:80] == rates
+    assert longer[80:] == [module.rate_at(step, 40, 0.5) for step in range(40)]
+    assert max(longer[80:]) == 0.5
+    with pytest.raises(ValueError, match="behind the last"):
+        module.scheduled(more, 120, 1.0)
+
+
 def test_a_step_of_training_lowers_the_loss() -> None:
     """On the same scenes: gradients reach the weights, and targets fit what the model is told."""
     module = script()
