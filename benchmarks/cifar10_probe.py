@@ -31,6 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import vitq
+from vitq.cli.recipes import parse_options
 from vitq.core.errors import VitqError
 from vitq.data.images import Batch, ImageSet, open_images
 from vitq.data.source import LoadedModel
@@ -169,12 +170,6 @@ def row_of(found: ClassifyResult, reference: ClassifyResult, first: Predictions 
     return row | dict(zip(("minus_first", "minus_first_low", "minus_first_high"), paired, strict=True))
 
 
-def options_of(words: list[str]) -> dict[str, Any]:
-    """["softmax=tan", "parity=true"] as keywords."""
-    pairs = [word.partition("=") for word in words]
-    return {name: {"true": True, "false": False}.get(value, value) for name, _, value in pairs}
-
-
 def main() -> int:
     """Entry point."""
     options = parser(__doc__, "example: python benchmarks/cifar10_probe.py --recipes repq_vit dopq_vit --bits w4a4")
@@ -217,7 +212,7 @@ def main() -> int:
                         steps.step(f"{row['name']} {bits} seed {seed} is there")
                         continue
                     images = probe.calibration(seed)
-                    qmodel = vitq.quantize(model, recipe, bits, images, options=options_of(changed), seed=seed)
+                    qmodel = vitq.quantize(model, recipe, bits, images, options=parse_options(changed), seed=seed)
                     found = evaluate_classifier(qmodel, probe.test())
                     row |= row_of(found, reference, first) | {"options": " ".join(changed)}
                     first = found.predictions if first is None else first
