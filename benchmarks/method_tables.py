@@ -134,6 +134,30 @@ def ablation(folder: Path) -> str | None:
     )
 
 
+def growth(folder: Path) -> str | None:
+    """Time and memory over models and images."""
+    file = folder / "growth.csv"
+    if not file.exists():
+        return None
+    table = []
+    for row in read_results(file):
+        peak, grown, of_float = (float(row[key]) for key in ("peak_mb", "grown_mb", "float_mb"))
+        table.append(
+            {
+                "model": row["model"].removesuffix("_patch16_224")
+                + (" (random)" if row["weights"] == "random" else ""),
+                "images": row["images"],
+                "recipe": row["recipe"],
+                "seconds": f"{float(row['seconds']):.0f}",
+                "float forwards": row["forwards"],
+                "peak, MB": f"{peak:.0f}",
+                "of that of float": f"{peak / (peak - grown + of_float):.2f}",
+                "commit": row["commit"],
+            }
+        )
+    return f"{markdown_table(table, list(table[0]))}\n\nPeaks are of the whole process; one thread, beside other work."
+
+
 def _named(mean: str) -> tuple[str, str, str]:
     return mean, f"{mean}_low", f"{mean}_high"
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from detection_tables import detection, detection_cost, scene_models
 from method_pages import INDEX, pages, skeleton
+from method_tables import growth
 
 from vitq.core.errors import VitqError
 from vitq.core.files import write_text
@@ -139,6 +140,7 @@ SECTIONS: Sections = {"accuracy": accuracy, "speed": speed}
 DOCS: dict[str, Sections] = {
     "detection.md": {"detection": detection, "detection_cost": detection_cost},
     "zoo.md": {"scene_models": scene_models},
+    "decisions/products.md": {"growth": growth},
 }
 
 
