@@ -3,7 +3,7 @@
 table     results/detection.csv: box and mask AP, or mIoU, beside float in the same run, intervals over the images
 cost      results/detection_cost.csv: float forwards per image and peak memory of quantizing
               maskrcnn    zoo:scenes_maskrcnn, 32 scenes in batches of 8, as `vitq quantize` takes them
-              segformer   the same with the segmenter of data/zoo/scene_models.py, fresh weights
+              segformer   the same with zoo:scenes_segformer
               b0          transformers' SegFormer-B0 (random weights) at 512 x 512, 32 images one by one
               photos      torchvision's Mask R-CNN over a Swin-T (random weights) at 800 x 1333, 8 images one by one
 """
@@ -67,7 +67,7 @@ def table_row(name: str, recipe: str, bits: str, seed: int, limit: int | None) -
                     (("", "mean"), ("_low", "low"), ("_high", "high"))}  # fmt: skip
     row["cost"] = round(first["seconds"] / max(first["float_forward_seconds"], 1e-9), 1)
     row |= {"seconds": first["seconds"], "bytes": first["bytes"], "kind": second["kind"]}
-    row["training"] = f"{first['training_images']} of zoo:scenes_calib" if trains else ""
+    row["training"] = first["training_images"] if trains else ""
     return row | {"calibration": f"{CALIBRATION} of zoo:scenes_calib", "evaluation": "zoo:scenes_test"}
 
 
@@ -116,7 +116,6 @@ def cost(what: str, recipe: str, count: int) -> dict[str, Any]:
     from vitq.cli.console import Say
     from vitq.data.native import photo_input
     from vitq.data.source import load_model
-    from vitq.data.zoo.scene_models import scene_segformer
 
     torch.set_num_threads(1)
     data: Any
@@ -125,7 +124,7 @@ def cost(what: str, recipe: str, count: int) -> dict[str, Any]:
     elif what == "b0":
         model, data = segformer_b0(), Photos(count, SIDE, SIDE, "pixel_values")
     else:
-        model = load_model("zoo:scenes_maskrcnn").model if what == "maskrcnn" else scene_segformer().eval()
+        model = load_model(f"zoo:scenes_{what}").model
         inputs = photo_input(model)
         assert inputs is not None
         data, _ = work.photos("zoo:scenes_calib", count, 0, inputs, torch.device("cpu"), False, Say(quiet=True))

@@ -33,7 +33,7 @@ def detection(folder: Path) -> str | None:
         table = [
             {
                 "bits": row["bits"],
-                "recipe": row["recipe"],
+                "recipe": row["recipe"] + (f", trained on {row['training']}" if row.get("training") else ""),
                 **{
                     column: text
                     for key, name in shown.items()

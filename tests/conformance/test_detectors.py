@@ -75,7 +75,7 @@ def test_every_recipe_runs_on_a_detector_or_says_why_not(name: str) -> None:
     known = inspect.signature(RECIPES[name]).parameters
     options = {option: value for option, value in FEW.items() if option in known}
     if trains(name):  # without a loss of its own: tests/unit/data/test_objects.py
-        with pytest.raises(CompositionError, match="returns nothing by example"):
+        with pytest.raises(CompositionError, match=r"returns nothing by example|nothing to train"):
             vitq.quantize(model, name, "w8a8", batch, options=options)
         return
     qmodel = vitq.quantize(model, name, "w8a8", batch, options=options)

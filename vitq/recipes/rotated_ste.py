@@ -34,7 +34,7 @@ def rotated_ste(
         paper="arXiv 2502.09003",
         formats=uniform_but(weight_bits, act_bits),
         passes=(
-            PassSpec.of("rotate"),
+            PassSpec.of("rotate", needed=False),
             PassSpec.of("fit", method="percentile_mse", weight_method="percentile_mse"),
             PassSpec.of(
                 "train", weights="learn", rate=rate, scale_rate=scale_rate, features=0.0, labels=labels, logits=logits

@@ -316,6 +316,8 @@ class WithoutAnything(nn.Module):
 def test_a_model_without_anything_to_rotate_is_refused() -> None:
     with pytest.raises(CompositionError, match=r"nothing of this model can be rotated.*it has no norms"):
         vitq.quantize(WithoutAnything().eval(), "minmax+rotation", "w8a8", torch.randn(4, 5, 6))
+    qmodel = vitq.quantize(WithoutAnything().eval(), "rotated_ste", "w8a8", torch.randn(4, 5, 6))
+    assert not any(qmodel.log["rotate"]["rotated"].values())
 
 
 def test_nothing_switched_on_is_refused() -> None:

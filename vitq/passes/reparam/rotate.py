@@ -134,6 +134,7 @@ class Rotate(Pass):
         streams: mix the channels of residual streams (R1).
         scores: of the queries and keys of each head (R2).
         values: of the values of each head (R3).
+        needed: refuse a model of which nothing can be rotated; else it is left as it is, and the log says so.
 
     Where the channels go is found by following them (graph/channels); what is found is tried on one image, and taken
     back where the output changes. The log says how many of each were rotated and taken back, and what was in the way of
@@ -145,10 +146,11 @@ class Rotate(Pass):
     drops = frozenset({WEIGHT_SCALES, ACT_SCALES})
     cost = "a forward of one image for each matrix: one per stream and two per attention"
 
-    def __init__(self, streams: bool = True, scores: bool = True, values: bool = True) -> None:
+    def __init__(self, streams: bool = True, scores: bool = True, values: bool = True, needed: bool = True) -> None:
         if not (streams or scores or values):
             raise CompositionError("pass 'rotate': nothing to rotate; switch on streams, scores or values")
         self.kinds = {"streams": streams, "scores": scores, "values": values}
+        self.needed = needed
 
     def check(self, qmodel: QuantModel, data: Batches | None) -> None:
         """Refuse to work without images."""
@@ -161,7 +163,7 @@ class Rotate(Pass):
         """Rotate whatever can be.
 
         Raises:
-            CompositionError: nothing of the model can be.
+            CompositionError: nothing of the model can be, and that is needed.
         """
         assert data is not None
         require_unfitted(qmodel, self.name)
@@ -186,7 +188,7 @@ class Rotate(Pass):
                 (rotated if trial.keeps(rewrite, names) else undone)[kind] += 1
                 task.advance()
         left = {kind: reasons for kind, reasons in found.left.items() if reasons}
-        if not any(rotated.values()):
+        if self.needed and not any(rotated.values()):
             raise CompositionError(
                 f"nothing of this model can be rotated: {sum(undone.values())} matrices would have changed its output, "
                 f"and these are in the way of others: {left or 'it has no norms and no attention'}; leave it out"
