@@ -14,6 +14,7 @@ from vitq.core.errors import UnknownNameError
 from vitq.data.coco import open_coco
 from vitq.data.images import open_images, without_overlap
 from vitq.data.native import photo_input
+from vitq.data.semantic import open_semantic
 from vitq.data.source import build_model, load_model
 from vitq.data.zoo import (
     build_zoo,
@@ -25,9 +26,10 @@ from vitq.data.zoo import (
     zoo_store,
 )
 from vitq.data.zoo.scenes import SETS as SCENE_SETS
-from vitq.data.zoo.scenes import scene_set, write_scenes
+from vitq.data.zoo.scenes import SIZE, scene_set, write_scenes
 from vitq.evaluate.detect import evaluate_detectors
-from vitq.evaluate.finders import Finder, category_ids
+from vitq.evaluate.finders import Finder, Segmenter, category_ids
+from vitq.evaluate.segment import evaluate_segmenters
 
 NAMES = zoo_names()
 SEEDED = [name for name in NAMES if name.startswith("seeded")]
@@ -161,6 +163,23 @@ def test_the_detector_of_scenes_is_as_good_as_docs_zoo_says(tmp_path: Path) -> N
     for key in ("box_ap", "mask_ap"):  # of a part of the test scenes, which is why they differ
         assert abs(found[key] - stored[f"test_{key}"]) < 3
     assert stored["test_box_ap"] >= 60
+
+
+def test_the_segmenter_of_scenes_is_as_good_as_docs_zoo_says(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    loaded = load_model("zoo:scenes_segformer")
+    assert loaded.preprocess is None
+    assert all(torch.equal(p, p.half().float()) for p in loaded.model.parameters())
+    write_scenes(tmp_path, scene_set("scenes_test")[0], 60)
+    inputs = photo_input(loaded.model)
+    assert inputs is not None
+    assert inputs.square == SIZE
+    segmenter = Segmenter(loaded.model, inputs, torch.device("cpu"))
+    pairs = open_semantic(tmp_path / "masks", tmp_path / "photos")
+    found = evaluate_segmenters({"float": segmenter}, pairs, 11)["float"].to_json()
+    stored = json.loads(files("vitq.data.zoo").joinpath("files", "scenes_segformer.json").read_text(encoding="utf-8"))
+    assert abs(found["miou"] - stored["test_miou"]) < 4  # of a part of the test scenes, which is why they differ
+    assert stored["test_miou"] >= 68
 
 
 def test_sets_of_scenes_are_photos_without_labels_and_share_no_item() -> None:

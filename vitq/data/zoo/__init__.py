@@ -2,7 +2,7 @@
 
 seeded_*   random weights and procedural images, from a seed    (N, 3, 32, 32)
 fashion_*  trained on Fashion-MNIST, with its images            (N, 3, 28, 28)
-scenes_*   a detector, trained on scenes of its items, with scenes that are made from a seed
+scenes_*   a detector and a segmenter, trained on scenes of its items, with scenes that are made from a seed
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from vitq.data.preprocess import Preprocess
 from vitq.data.stores import ItemStore
 from vitq.data.zoo import fashion, scenes, seeded
 from vitq.data.zoo.fashion import fashion_store, fashion_swin, fashion_vit, zoo_images
-from vitq.data.zoo.scene_models import trained_maskrcnn
+from vitq.data.zoo.scene_models import trained_maskrcnn, trained_segformer
 from vitq.data.zoo.seeded import seeded_images, seeded_swin, seeded_vit
 
 __all__ = ["build_zoo", "image_set_names", "seeded_images", "zoo_images", "zoo_names", "zoo_preprocess", "zoo_store"]
@@ -26,6 +26,7 @@ _BUILDERS: dict[str, tuple[Callable[[], nn.Module], int | None]] = {
     "fashion_swin": (fashion_swin, fashion.IMAGE_SIZE),
     "fashion_vit": (fashion_vit, fashion.IMAGE_SIZE),
     "scenes_maskrcnn": (trained_maskrcnn, None),
+    "scenes_segformer": (trained_segformer, None),
     "seeded_swin": (seeded_swin, seeded.IMAGE_SIZE),
     "seeded_vit": (seeded_vit, seeded.IMAGE_SIZE),
 }

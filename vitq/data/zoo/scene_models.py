@@ -94,6 +94,15 @@ def scene_maskrcnn() -> nn.Module:
     return model
 
 
+def trained_segformer() -> nn.Module:
+    """scene_segformer with the weights that come with vitq, in eval mode.
+
+    Raises:
+        MissingExtraError: transformers is not installed.
+    """
+    return trained(scene_segformer, "scenes_segformer")
+
+
 def scene_segformer() -> nn.Module:
     """transformers' SegFormer in four small stages, with fresh weights; 10 classes and background.
 
