@@ -31,11 +31,17 @@ def _trim() -> Callable[[int], object]:
     return found
 
 
-def held(device: torch.device | None) -> int | None:
-    """Bytes that tensors on a CUDA device, or else the process in memory, hold; None where nothing tells."""
+def held(device: torch.device | None, roughly: bool = False) -> int | None:
+    """Bytes that tensors on a CUDA device, or else the process in memory, hold; None where nothing tells.
+
+    Args:
+        roughly: pages that are free may count, too: nothing is given back before, which takes time, as does getting
+            them again.
+    """
     if device is not None and device.type == "cuda":
         return torch.cuda.memory_allocated(device)
-    give_back()
+    if not roughly:
+        give_back()
     try:
         return int(STATUS.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, IndexError):

@@ -34,10 +34,13 @@ class Room:
 
     def left(self) -> bool:
         """Not too much is taken; never so where the machine does not tell."""
-        now = held(self.device)
-        if now is None or self.start is None or self.most is None:
-            return False
-        return now - self.start <= self.most
+        for roughly in (True, False):
+            now = held(self.device, roughly)
+            if now is None or self.start is None or self.most is None:
+                return False
+            if now - self.start <= self.most:
+                return True
+        return False
 
 
 class Lockstep:

@@ -197,8 +197,13 @@ def test_memory_is_told_where_the_machine_tells_it(monkeypatch: pytest.MonkeyPat
     assert 0 < free < 2**50
     room = Room(None, most=2**22)
     assert room.left()
+    given_back: list[int] = []
+    monkeypatch.setattr(heap, "give_back", lambda: given_back.append(1))
+    assert room.left()
+    assert not given_back  # it takes time, and what is free would have to be got again
     big = torch.cat([big, big])
     assert not room.left()
+    assert given_back  # before that is said
     for name, text in (("memory.max", str(3 * 2**20)), ("memory.current", str(2**20))):
         (tmp_path / name).write_text(text + "\n")
     monkeypatch.setattr(heap, "GROUP", tmp_path)
