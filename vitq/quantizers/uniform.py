@@ -13,7 +13,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from vitq.core.rounding import on_grid, round_ste
+from vitq.core.grid import on_grid
+from vitq.core.rounding import round_ste
 from vitq.quantizers.base import Params, Quantizer
 from vitq.quantizers.layout import Layout
 from vitq.quantizers.registry import QUANTIZERS
