@@ -20,6 +20,7 @@ ON_PHOTOS = (
     "softmax_formats.py",
     "rounding.py",
     "cifar10_probe.py",
+    "cifar10_tuned.py",
     "ablation.py",
     "objectives.py",
     "growth.py",
