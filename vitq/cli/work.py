@@ -42,7 +42,7 @@ def choose_device(name: str) -> torch.device:
 
 def is_artifact(target: str) -> bool:
     """Whether a command-line word names an artifact's folder: any folder, and any other path that is no model's."""
-    if ":" in target and not Path(target).exists():
+    if target.endswith(".onnx") or (":" in target and not Path(target).exists()):
         return False
     return Path(target).exists() or "/" in target
 
@@ -51,6 +51,8 @@ def open_model(spec: str, checkpoint: Path | None, device: torch.device, say: Sa
     """Load a model by name onto a device."""
     say.note(f"loading {spec}" + (f" with {checkpoint}" if checkpoint else ""))
     loaded = load_model(spec, checkpoint)
+    if loaded.source["kind"] == "onnx" and loaded.preprocess is not None:
+        say.note("an ONNX file does not say how images are prepared: they get ImageNet's mean and deviation")
     loaded.model.to(device).eval()
     return loaded
 

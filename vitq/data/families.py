@@ -1,4 +1,4 @@
-"""One constructor per place that models come from: timm, torchvision, our zoo, a file.
+"""One constructor per place that models come from: timm, torchvision, our zoo, a file of Python or ONNX.
 
 Hugging Face has families_hf.py.
 
@@ -26,6 +26,7 @@ from vitq.core.errors import (
 )
 from vitq.data.checkpoint import sha256_file
 from vitq.data.hub import fail_fast, not_fetched
+from vitq.data.onnx_in import read_onnx
 from vitq.data.preprocess import Preprocess
 from vitq.data.zoo import build_zoo, zoo_preprocess
 
@@ -52,6 +53,8 @@ def parse(spec: str) -> tuple[str, str]:
     """
     if FILE_SPEC.fullmatch(spec):
         return "file", spec
+    if spec.endswith(".onnx"):
+        return "onnx", spec
     prefix, colon, name = spec.partition(":")
     if not colon:
         if spec.endswith(".py"):
@@ -159,9 +162,7 @@ def from_file(spec: str, sha256: str | None = None) -> Built:
     path, function = Path(match["path"]), match["function"]
     if not path.is_file():
         raise InputError(f"no file {match['path']!r} for the model {spec!r}. Check the path.")
-    digest = sha256_file(path)
-    if sha256 is not None and digest != sha256:
-        raise InputError(f"{path.name} is not the file it was (sha256 {digest[:12]}, was {sha256[:12]}).")
+    check_hash(path, digest := sha256_file(path), sha256)
     module_spec = importlib.util.spec_from_file_location(f"_vitq_source_{path.stem}", path)
     if module_spec is None or module_spec.loader is None:
         raise InputError(f"{path.name} cannot be imported.")
@@ -185,6 +186,32 @@ def from_file(spec: str, sha256: str | None = None) -> Built:
     preprocess = Preprocess.from_timm(model) if isinstance(_pretrained_cfg(model), dict) else None
     source = {"path": _portable(path), "function": function, "sha256": digest, "num_classes": count}
     return Built(model, f"{path.name}:{function}", source, preprocess, count)
+
+
+def from_onnx(spec: str, sha256: str | None = None) -> Built:
+    """What an ONNX file computes.
+
+    Args:
+        sha256: hash that the file must have, as hex; None accepts any.
+    """
+    path = Path(spec)
+    model, shape = read_onnx(path)
+    check_hash(path, digest := sha256_file(path), sha256)
+    # The whole picture, with ImageNet's mean and deviation: the file tells no more than the size.
+    preprocess = (
+        Preprocess((3, shape[1], shape[2]), crop_pct=1.0, crop_mode="squash") if shape and shape[0] == 3 else None
+    )
+    return Built(model, path.name, {"path": _portable(path), "sha256": digest}, preprocess, None)
+
+
+def check_hash(path: Path, digest: str, wanted: str | None) -> None:
+    """Refuse a file that has changed.
+
+    Raises:
+        InputError: it has.
+    """
+    if wanted is not None and digest != wanted:
+        raise InputError(f"{path.name} is not the file it was (sha256 {digest[:12]}, was {wanted[:12]}).")
 
 
 def _portable(path: Path) -> str:

@@ -1,6 +1,6 @@
 """Models by name, and the record from which an artifact builds the same architecture again.
 
-Names: a timm name; hf:name-or-folder; torchvision:name; zoo:name; file.py:function.
+Names: a timm name; hf:name-or-folder; torchvision:name; zoo:name; file.py:function; file.onnx.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vitq.data.preprocess import Preprocess
 
 __all__ = ["LoadedModel", "build_model", "check_finite", "load_model", "read_checkpoint"]
 
-KINDS = ("timm", "hf", "torchvision", "zoo", "file")
+KINDS = ("timm", "hf", "torchvision", "zoo", "file", "onnx")
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def load_model(
     """The model that spec names, with the weights of checkpoint, or else the published ones.
 
     Args:
-        spec: a timm name, hf:..., torchvision:..., zoo:... or file.py:function. A function of a file is
+        spec: a timm name, hf:..., torchvision:..., zoo:..., file.py:function or file.onnx. A function of a file is
             run: who gives its name trusts it.
         checkpoint: a weight file; nothing is then downloaded.
         pretrained: False gives random weights where there is no checkpoint; None means True.
@@ -79,6 +79,8 @@ def load_model(
         built = families.from_torchvision(name, fetch, num_classes)
     elif kind == "zoo":
         built = families.from_zoo(name)
+    elif kind == "onnx":
+        built = families.from_onnx(name)
     else:
         built = families.from_file(name)
 
@@ -91,7 +93,7 @@ def load_model(
         source["checkpoint"] = load_checkpoint(model, checkpoint, num_classes=count)
     else:
         check_finite(model.state_dict(), spec)
-        source["pretrained"] = fetch and kind not in ("zoo", "file")
+        source["pretrained"] = fetch and kind not in ("zoo", "file", "onnx")
     return LoadedModel(model, source, built.preprocess, count)
 
 
@@ -132,6 +134,8 @@ def _build_named(kind: str, source: Mapping[str, Any]) -> Built:
         return families_hf.from_hf_config(source["name"], source["config"])
     if kind == "torchvision":
         return families.from_torchvision(source["name"], False, source["num_classes"])
+    if kind == "onnx":
+        return families.from_onnx(source["path"], source["sha256"])
     return families.from_zoo(source["name"])
 
 
