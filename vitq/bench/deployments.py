@@ -22,9 +22,9 @@ PACKAGES = {  # what an import needs: how to install it
     "onnx": "pip install 'vitq[onnx]'",
     "onnxscript": "pip install 'vitq[onnx]'",
     "onnxruntime": "pip install 'vitq[onnx]'",
-    "openvino": "pip install openvino",
-    "nncf": "pip install nncf openvino",
-    "torchao": "pip install torchao",
+    "openvino": "pip install 'vitq[peers]'",
+    "nncf": "pip install 'vitq[peers]'",
+    "torchao": "pip install 'vitq[peers]'",
 }
 
 
