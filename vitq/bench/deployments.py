@@ -43,6 +43,7 @@ class Deployment:
         makes: steps that write the file, in order; deployments share steps.
         profile: of vitq's export, which writes the file.
         packages: that must be installed.
+        calibrated: its steps need calibration images.
         device: "cpu", "cuda", or "" for both.
         provider: of ONNX Runtime, where it is not the device's own.
         environment: of its process.
@@ -57,6 +58,7 @@ class Deployment:
     makes: tuple[str, ...] = ()
     profile: str = ""
     packages: tuple[str, ...] = ()
+    calibrated: bool = False
     device: str = ""
     provider: str = ""
     environment: dict[str, str] = field(default_factory=dict)
@@ -73,7 +75,7 @@ class Deployment:
 
             if self.provider not in onnxruntime.get_available_providers():
                 return f"this ONNX Runtime has no {self.provider}: install the build of it that has"
-        if "calibration" in self.makes and not job.path(CALIBRATION).exists():
+        if self.calibrated and not job.path(CALIBRATION).exists():
             return "is calibrated: name images with --data"
         return ""
 
@@ -138,11 +140,11 @@ DEPLOYMENTS: tuple[Deployment, ...] = (
     ),
     Deployment(
         "ort_static", INTEGER, "int8", "ONNX Runtime's quantize_static of it, min-max", "onnxruntime",
-        "ort_static.onnx", (*PREPARED, "calibration", "ort_static"), packages=ONNX, device="cpu",
+        "ort_static.onnx", (*PREPARED, "ort_static"), packages=ONNX, calibrated=True, device="cpu",
     ),
     Deployment(
         "nncf", INTEGER, "int8", "NNCF's quantize for transformers of it, in OpenVINO", "openvino", "nncf.xml",
-        ("float_onnx", "calibration", "nncf"), packages=("nncf", *OPENVINO), device="cpu",
+        ("float_onnx", "nncf"), packages=("nncf", *OPENVINO), device="cpu",
     ),
     Deployment(
         "torchao", INTEGER, "int8", "torchao's int8 weights and dynamic inputs under torch.compile", "torchao",

@@ -88,10 +88,11 @@ class Measured:
         latencies: by batch size, ascending.
         load_seconds: fresh process, packages imported, to the first result at the smallest batch.
         peak_mb, own_mb: resident memory of its process at most, and less what it was before loading.
-        device_mb: on the GPU; None on the CPU.
+        device_mb: of torch on the GPU; None on the CPU, and of other runtimes.
         bytes_on_disk: of what it is loaded from.
         accuracy: on the images of the evaluation; empty without.
-        whole: matrix products, or weights, that were seen to be of whole numbers; None where that is not known.
+        whole: matrix products (ONNX Runtime) or weights (torch) that were seen to be of whole numbers; None where
+            nobody looked.
     """
 
     deployment: Deployment

@@ -54,6 +54,10 @@ class TorchRunner:
     def logits(self, result: Any) -> Tensor:
         return logits_of(result).float().cpu()
 
+    def device_mb(self) -> float | None:
+        """What torch took on the GPU at most, MiB; None on the CPU."""
+        return torch.cuda.max_memory_allocated(self.device) / 2**20 if self.device.type == "cuda" else None
+
 
 class CodesRunner(TorchRunner):
     """A compiled artifact, whose linear layers multiply codes where the processor and their formats allow it."""

@@ -78,7 +78,7 @@ class Loaded:
 
     def memory(self) -> dict[str, Any]:
         """Peaks so far."""
-        on_device = torch.cuda.max_memory_allocated() / 2**20 if self.job.device.startswith("cuda") else None
+        on_device = getattr(self.runner, "device_mb", lambda: None)()
         whole = getattr(self.runner, "whole_products", lambda: None)()
         return {"peak_mb": peak_rss_mb(), "device_mb": on_device, "whole": whole}
 

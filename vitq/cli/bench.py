@@ -198,9 +198,12 @@ def _tell(
 
 def _draw(rows: list[Measured], plot: Path, title: str, say: Say) -> None:
     labelled = all(row.accuracy["top1"] is not None for row in rows)
+    if not labelled and any("agreement" not in row.accuracy for row in rows):
+        say.note("no plot: there are no labels, and no float model of torch to agree with")
+        return
     places = []
     for row in rows:
-        value = row.accuracy["top1"] if labelled else row.accuracy.get("agreement", 0.0)
+        value = row.accuracy["top1"] if labelled else row.accuracy["agreement"]
         low, high = row.accuracy["top1_interval"] if labelled else (value, value)
         for latency in row.latencies:
             ms = [1000 * found for found in (latency.seconds, latency.low, latency.high)]

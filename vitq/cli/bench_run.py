@@ -22,9 +22,10 @@ from vitq.data.preprocess import Preprocess
 from vitq.evaluate.metrics import bootstrap_interval, paired_difference, rounded
 from vitq.evaluate.predictions import UNKNOWN_LABEL, Predictions
 from vitq.export.onnx import export_onnx
+from vitq.export.runtime import count_products
 
+ONNX_FILE = ".onnx"
 CHECKED = 8  # images on which an export is compared with the simulated model
-CALIBRATION_STEP = "calibration"  # no step: says that calibration images are needed
 
 
 @dataclass
@@ -64,7 +65,7 @@ class Bench:
             self.kinds[deployment.name] = (deployment.kind, deployment.numbers)
             if missing := deployment.missing(self.job):
                 self.not_run[deployment.name] = missing
-        done: dict[str, str] = {CALIBRATION_STEP: ""}
+        done: dict[str, str] = {}
         with self.say.task("making the files of deployments", len(self.left())) as task:
             for deployment in self.left():
                 for step in deployment.makes:
@@ -74,8 +75,7 @@ class Bench:
                         self.stop(deployment.name, f"{step} failed: {done[step]}")
                         break
                 else:
-                    if deployment.profile:
-                        self._export(qmodel, deployment)
+                    self._finish(qmodel, deployment)
                 task.advance()
 
     def _failed_step(self, step: str) -> str:
@@ -85,14 +85,16 @@ class Bench:
             return str(error)
         return ""
 
-    def _export(self, qmodel: QuantModel, deployment: Deployment) -> None:
-        images = self.job.images()[:CHECKED]
+    def _finish(self, qmodel: QuantModel, deployment: Deployment) -> None:
+        """Write the file of vitq's own export, and look at what ONNX Runtime makes of a file."""
+        path = self.job.path(deployment.file)
         try:
-            made = export_onnx(qmodel, self.job.path(deployment.file), deployment.profile, data=images)
+            if deployment.profile:
+                export_onnx(qmodel, path, deployment.profile, data=self.job.images()[:CHECKED])
+            if deployment.kind == INTEGER and path.suffix == ONNX_FILE:
+                self.whole[deployment.name] = sum(count_products(path.read_bytes())["whole"].values())
         except VitqError as error:
-            self.stop(deployment.name, f"export failed: {error}")
-            return
-        self.whole[deployment.name] = sum(made.products["whole"].values())
+            self.stop(deployment.name, f"its file cannot be made: {error}")
 
     def start(self) -> None:
         """Load every deployment in a process of its own, one after the other."""
@@ -129,7 +131,11 @@ class Bench:
     def measure(
         self, rounds: int, seconds: float, macs: int, accuracy: Mapping[str, Mapping[str, Any]]
     ) -> tuple[list[Measured], dict[str, float]]:
-        """Latencies in turns, and memory; and the roofline, measured before."""
+        """Latencies in turns, and memory; and the roofline, measured before.
+
+        Raises:
+            VitqError: no deployment is left.
+        """
         try:
             roofline = measure_roofline(self.job)
         except DeploymentError as error:
@@ -152,6 +158,8 @@ class Bench:
             self.kinds[name] = seen_kind(self.running[name].deployment, self.whole.get(name))
         kinds = {name: self.kinds[name] for name in self.running}
         clock = CPU if (self.job.threads, self.job.device) == (1, "cpu") else WALL
+        if not kinds:
+            raise VitqError("nothing could be measured: " + "; ".join(f"{n}: {why}" for n, why in self.not_run.items()))
         rows = latencies(timings, batches, kinds, roofline, macs, clock)
         return [self._row(running, rows[name], memory[name], accuracy.get(name, {})) for name, running in
                 self.running.items()], roofline  # fmt: skip

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 
 from vitq.bench.deployments import DEPLOYMENTS, Deployment, choose
 from vitq.bench.errors import DeploymentError
-from vitq.bench.job import IMAGES, Job, filled, write_images, write_weights
+from vitq.bench.job import CALIBRATION, IMAGES, Job, filled, write_images, write_weights
 from vitq.bench.makers import MAKERS
 from vitq.bench.process import Process, Running, run_step
 from vitq.bench.runners import RUNTIMES
@@ -37,7 +39,8 @@ def test_the_registry_names_what_there_is() -> None:
     assert len(set(names)) == len(names)
     for deployment in DEPLOYMENTS:
         assert deployment.runtime in RUNTIMES
-        assert set(deployment.makes) <= {*MAKERS, "calibration"}
+        assert set(deployment.makes) <= set(MAKERS)
+        assert bool(deployment.makes) + bool(deployment.profile) <= 1
 
 
 def test_what_is_chosen() -> None:
@@ -131,3 +134,41 @@ def test_a_process_that_dies_at_once_shows_its_last_line(job: Job, tmp_path: Pat
         pytest.raises(DeploymentError, match="exit code 1"),
     ):
         process.ask()
+
+
+@pytest.fixture(scope="module")
+def calibrated(job: Job, tmp_path_factory: pytest.TempPathFactory) -> Job:
+    folder = shutil.copytree(job.folder, tmp_path_factory.mktemp("calibrated") / "job")
+    found = replace(job, folder=str(folder))
+    found.write()
+    write_images(found.path(CALIBRATION), seeded_images(16, seed=1))
+    return found
+
+
+PEERS = [found for found in DEPLOYMENTS if found.makes and found.device != "cuda"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("deployment", PEERS, ids=lambda deployment: deployment.name)
+def test_what_other_runtimes_and_peers_make_computes_the_model(
+    deployment: Deployment, calibrated: Job, tmp_path: Path
+) -> None:
+    if missing := deployment.missing(calibrated):
+        pytest.skip(missing)
+    for step in deployment.makes:
+        run_step(calibrated, step)
+    images = seeded_images(6, seed=7)
+    write_images(tmp_path / "images.safetensors", images)
+    running = Running(deployment, calibrated)
+    try:
+        found = running.logits(tmp_path / "images.safetensors").double()
+    finally:
+        running.end()
+    with torch.no_grad():
+        expected = calibrated.float_model()(images).double()
+    error = float((found - expected).norm() / expected.norm())
+    # Float is float; eight bits are near, and are not float in disguise.
+    low, high = {"float32": (0, 1e-4), "bfloat16": (0, 0.05), "int8": (1e-3, 0.25)}[deployment.numbers]
+    assert low <= error <= high
+    smaller = deployment.kind == "integer"
+    assert (deployment.bytes_on_disk(calibrated) < 0.5 * TORCH.bytes_on_disk(calibrated)) == smaller
