@@ -60,7 +60,7 @@ def _row(name: str, rows: Sequence[Row]) -> Row:
         cells[f"x torch, batch {row['batch']}"] = _times(row, "speedup")
         cells[f"roof, batch {row['batch']}"] = f"{100 * float(row['of_roofline']):.0f} %" if row["of_roofline"] else ""
     cells |= {"load s": f"{float(first['load_seconds']):.1f}", "own MiB": f"{float(first['own_mb']):.0f}"}
-    cells |= {"MB": f"{int(first['bytes']) / 1e6:.1f}"}
+    cells |= {"MB": f"{int(first['bytes']) / 1e6:.1f}" if first["bytes"] else ""}
     cells["top-1 % [95 %]"] = (
         f"{float(first['top1']):.1f} [{float(first['top1_low']):.1f}, {float(first['top1_high']):.1f}]"
     )

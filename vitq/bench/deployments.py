@@ -17,7 +17,6 @@ from vitq.core.errors import InputError, UnknownNameError
 FLOAT, INTEGER, PACKED, SIMULATED = "float", "integer", "packed", "simulated"
 BASE = "torch"
 ALL = "all"
-COMPANIONS = (".bin", ".data")  # of an .xml and an .onnx
 PACKAGES = {  # what an import needs: how to install it
     "onnx": "pip install 'vitq[onnx]'",
     "onnxscript": "pip install 'vitq[onnx]'",
@@ -84,7 +83,7 @@ class Deployment:
         path = job.path(self.file).resolve()
         if path.is_dir():
             return sum(part.stat().st_size for part in path.rglob("*") if part.is_file())
-        beside = [path.with_suffix(end) for end in COMPANIONS] + [Path(f"{path}{end}") for end in COMPANIONS]
+        beside = {".xml": [path.with_suffix(".bin")], ".onnx": [Path(f"{path}.data")]}.get(path.suffix, [])
         return sum(part.stat().st_size for part in (path, *beside) if part.is_file())
 
 

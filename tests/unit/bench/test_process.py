@@ -77,14 +77,22 @@ def test_what_is_missing_is_told(job: Job, tmp_path: Path) -> None:
 
 def test_sizes_count_all_that_is_loaded(tmp_path: Path) -> None:
     job = Job(str(tmp_path), {}, False, 1, "cpu", (1,))
-    for name, size in (("m.xml", 10), ("m.bin", 100), ("n.onnx", 1000), ("n.onnx.data", 10**4), ("d/e", 10**5)):
+    for name, size in (
+        ("m.xml", 10),
+        ("m.bin", 100),
+        ("n.onnx", 1000),
+        ("n.onnx.data", 10**4),
+        ("d/e", 10**5),
+        ("m.onnx", 7),
+        ("m.st", 5),
+    ):
         job.path(name).parent.mkdir(exist_ok=True)
         job.path(name).write_bytes(b"x" * size)
     sizes = {
         name: Deployment("x", "float", "float32", "", "torch", name).bytes_on_disk(job)
-        for name in ("m.xml", "n.onnx", "d", "missing")
+        for name in ("m.xml", "n.onnx", "d", "missing", "m.onnx", "m.st")
     }
-    assert sizes == {"m.xml": 110, "n.onnx": 11000, "d": 10**5, "missing": 0}
+    assert sizes == {"m.xml": 110, "n.onnx": 11000, "d": 10**5, "missing": 0, "m.onnx": 7, "m.st": 5}
 
 
 def test_a_process_computes_what_the_model_does(job: Job, tmp_path: Path) -> None:
