@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from bench_tables import bench, roofline
 from detection_tables import detection, detection_cost, scene_models
 from method_pages import INDEX, pages, skeleton
 from method_tables import growth, saliency
@@ -138,6 +139,7 @@ def origin(rows: Sequence[Row]) -> str:
 Sections = dict[str, Callable[[Path], str | None]]
 SECTIONS: Sections = {"accuracy": accuracy, "speed": speed}
 DOCS: dict[str, Sections] = {
+    "bench.md": {"roofline": roofline, "bench": bench},
     "detection.md": {"detection": detection, "detection_cost": detection_cost},
     "zoo.md": {"scene_models": scene_models},
     "decisions/products.md": {"growth": growth},

@@ -25,6 +25,7 @@ ON_PHOTOS = (
     "objectives.py",
     "growth.py",
     "export.py",
+    "bench.py",
     "training.py",
     "training_step.py",
 )
@@ -39,6 +40,7 @@ def plan(args: argparse.Namespace, out: Path) -> dict[str, list[str]]:
         common += ["--out", str(out)]
     scripts = {"speed.py": common, "calibration_memory.py": [*quick, "--out", str(out)], "zoo_statistics.py": common}
     scripts["detection.py"] = [*quick, "--out", str(out)]
+    scripts["roofline.py"] = [*quick, "--out", str(out)]
     if shared.missing:
         skip(", ".join(ON_PHOTOS), f"they need weights, photos and stored predictions: {shared.missing}")
     else:

@@ -12,6 +12,23 @@ from vitq.cli import app
 
 # command -> what it takes: arguments by their name, options by their flags; "!" marks what must be given
 FLAGS: dict[str, list[str]] = {
+    "bench": [
+        "!target",
+        "--batch",
+        "--checkpoint",
+        "--data",
+        "--deployments",
+        "--device",
+        "--eval",
+        "--json",
+        "--limit",
+        "--plot",
+        "--quiet -q",
+        "--rounds",
+        "--seconds",
+        "--threads",
+        "--trust-code",
+    ],
     "compare": ["!targets", "--batch-size", "--data", "--device", "--json", "--quiet -q", "--trust-code"],
     "demo": ["--json", "--out", "--quiet -q", "--shared"],
     "diagnose": [

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 import vitq
 from vitq.artifact import schema
-from vitq.cli.console import peak_rss_mb
 from vitq.core.errors import ArtifactError, VitqError
+from vitq.core.memory import peak_rss_mb
 
 MUTATIONS = int(os.environ.get("VITQ_FUZZ", "3000"))
 SECONDS = 20  # for one load: a hang, not a slow machine

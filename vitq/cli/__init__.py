@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vitq.cli import demo, diagnose, evaluate, export, inspect, leaderboard, quantize, train, transfer
+from vitq.cli import bench, demo, diagnose, evaluate, export, inspect, leaderboard, quantize, train, transfer
 from vitq.cli.app import app
 
 
@@ -13,6 +13,7 @@ def main() -> None:
 
 __all__ = [
     "app",
+    "bench",
     "demo",
     "diagnose",
     "evaluate",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -188,16 +187,3 @@ def write_json(path: Path | None, data: Mapping[str, Any]) -> None:
         write_text(path, json.dumps(data, indent=1) + "\n")
     except OSError as error:
         raise VitqError(f"{path} could not be written: {error}") from error
-
-
-def peak_rss_mb() -> float:
-    """Largest resident memory of this process so far, MiB."""
-    # Linux's ru_maxrss starts at the peak of the process that started this one; VmHWM does not.
-    status = Path("/proc/self/status")
-    marks = (
-        [line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
-        if status.is_file()
-        else []
-    )
-    kib = int(marks[0]) if marks else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(kib / 1024, 1)

@@ -14,10 +14,11 @@ from torch import nn
 from vitq.artifact import check_destination, save
 from vitq.cli import app as a
 from vitq.cli import work
-from vitq.cli.console import Say, check_outputs, command, peak_rss_mb, write_json
+from vitq.cli.console import Say, check_outputs, command, write_json
 from vitq.cli.recipes import Asked
 from vitq.core.batches import Batches
 from vitq.core.errors import InputError
+from vitq.core.memory import peak_rss_mb
 from vitq.core.qmodel import QuantModel
 from vitq.core.training import TrainingPass
 from vitq.data.images import ImageSet

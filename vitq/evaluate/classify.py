@@ -6,7 +6,7 @@ Units:   top-1, top-5, agreement and interval ends in percent; recovery is a rat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vitq.core.errors import DataError, InputError, VitqError
+from vitq.core.logits import logits_of
 from vitq.evaluate.metrics import (
     PairedDifference,
     bootstrap_interval,
@@ -167,28 +168,6 @@ def evaluate_pair(
         agreement=100 * float((a.predicted == b.predicted).double().mean()),
         logit_kl=kl_sum / quantized.images,
         difference=paired_difference(a.correct, b.correct) if first.labelled else None,
-    )
-
-
-def logits_of(output: object) -> Tensor:
-    """The logits in what a model returns: a tensor, `.logits`, `["logits"]`, or a tuple's first element.
-
-    Raises:
-        InputError: none of these.
-    """
-    found = output
-    if isinstance(output, Mapping):
-        found = output.get("logits")
-    elif hasattr(output, "logits"):
-        found = output.logits
-    elif isinstance(output, (tuple, list)):
-        found = output[0] if output else None
-    if isinstance(found, Tensor):
-        return found
-    keys = f" with the keys {', '.join(map(str, output))}" if isinstance(output, Mapping) else ""
-    raise InputError(
-        f"the model returns {type(output).__name__}{keys}, in which no logits were found. A classifier "
-        f"returns a tensor, an object or dict with 'logits', or a tuple that begins with them; wrap yours."
     )
 
 

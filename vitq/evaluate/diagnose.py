@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from vitq.core.errors import InputError
+from vitq.core.logits import logits_of
 from vitq.core.progress import Progress, Silent
 from vitq.core.qmodel import QuantModel
 from vitq.core.site import Site
-from vitq.evaluate.classify import logits_of
 from vitq.evaluate.metrics import logit_kl, rounded, rounded_small
 
 GROUPINGS = ("site", "role", "block")

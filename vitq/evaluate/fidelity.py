@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vitq.core.logits import logits_of
 from vitq.core.progress import Progress, Silent
 from vitq.core.qmodel import QuantModel, SiteQuantizer
-from vitq.evaluate.classify import logits_of
 from vitq.evaluate.metrics import logit_kl, rounded, rounded_small
 
 

@@ -85,6 +85,7 @@ def linear_codes(
     packed = _PACKED.get(weight, weight_scale)
     if packed.codes is None or not codes.numel() or 2 * top * packed.largest > LARGEST_PAIR:
         return F.linear((codes - zero_point) * scale, weight, bias)
+    packed.multiplied = True
     rows = codes.reshape(-1, codes.shape[-1])
     out = torch.ops.onednn.qlinear_pointwise(
         rows, float(scale), int(zero_point), packed.codes, packed.each, packed.zero_point, bias,
@@ -109,6 +110,7 @@ class _Packed:
     zero_point: Tensor  # (N,) int64 zeros
     codes: Any  # None for a weight that is not made of whole steps of at most a byte
     largest: int
+    multiplied: bool = False  # some product was of its codes
 
 
 class _Cache:
@@ -142,6 +144,11 @@ def _pack(weight: Tensor, scale: Tensor, version: int) -> _Packed:
 
 
 _PACKED = _Cache()
+
+
+def multiplied() -> int:
+    """How many weights of this process had a product of codes so far; others were multiplied as floats."""
+    return sum(packed.multiplied for packed in _PACKED.entries.values())
 
 
 def _available() -> bool:

@@ -247,6 +247,7 @@ def test_classifiers_and_detectors_are_not_taken_for_one_another(run: Run, world
     for command, *words in (
         ("transfer", "--data", world / "photos"),
         ("export", "--data", world / "photos", "--out", tmp_path / "m.onnx"),
+        ("bench", "--eval", world / "photos"),
     ):
         assert "at their own sizes" in run(command, str(tmp_path / "out"), *map(str, words), "--trust-code").error
     words = ("--task", "detect", "--data", str(world / "truth.json"), "--images", str(world / "photos"))

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from vitq.core.errors import DataError, InputError, VitqError
-from vitq.evaluate.classify import evaluate_classifier, evaluate_pair, logits_of
+from vitq.core.logits import logits_of
+from vitq.evaluate.classify import evaluate_classifier, evaluate_pair
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,18 @@ def test_a_weight_that_is_written_to_is_packed_again() -> None:
     torch.testing.assert_close(found.double(), oracle(codes, 1.0, 0, weight, None), rtol=1e-5, atol=1e-5)
 
 
+def test_only_weights_whose_codes_were_multiplied_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(integer, "_PACKED", integer._Cache())
+    codes = torch.randint(0, 16, (3, 8), dtype=torch.uint8)
+    one, zero = torch.tensor(1.0), torch.tensor(0.0)
+    weights = [grid(6, 8, largest, largest) for largest in (7, 15, 127)]
+    for top, (weight, steps) in zip((15, 15, 255), weights, strict=True):  # the last pairs do not fit 16 bits
+        integer.linear_codes(codes, one, zero, top, weight, steps, None)
+    off_grid = weights[0][0] + 0.01
+    integer.linear_codes(codes, one, zero, 15, off_grid, weights[0][1], None)
+    assert integer.multiplied() == 2
+
+
 def test_memory_that_is_used_again_is_not_mistaken_for_the_old_weight() -> None:
     codes = torch.randint(0, 16, (3, 8), dtype=torch.uint8)
     one, zero = torch.tensor(1.0), torch.tensor(0.0)
