@@ -66,6 +66,21 @@ def load(
         return _assemble(config, tensors, target.eval(), forward_fn, names, float_model is not None)
 
 
+def load_onto(model: nn.Module, config: schema.ArtifactConfig, tensors: Path) -> QuantModel:
+    """Fill a model that is there already from the two parts of an artifact, in place.
+
+    Args:
+        config: what config.json says.
+        tensors: the file that it goes with.
+
+    Raises:
+        ArtifactError: as `load`.
+    """
+    with schema.told_as_damage(tensors, "is damaged, or not of this model"):
+        read = _read_tensors(tensors, config)
+        return _assemble(config, read, model.eval(), default_forward, schema.Renaming(), False)
+
+
 def _assemble(
     config: schema.ArtifactConfig,
     tensors: dict[str, Tensor],
@@ -143,7 +158,8 @@ def _read_tensors(path: Path, config: schema.ArtifactConfig) -> dict[str, Tensor
     try:
         with safe_open(path, framework="pt") as file:
             bound = (file.metadata() or {}).get(schema.BOUND)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            # Names without a slash are for another library that reads the file (save.Form).
+            tensors = {name: file.get_tensor(name) for name in file.keys() if "/" in name}  # noqa: SIM118 - no mapping
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise ArtifactError(f"{path} cannot be read: {error}") from error
     if bound != schema.binding(config):

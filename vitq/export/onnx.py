@@ -86,7 +86,7 @@ def export_onnx(
     need_packages()
     check_model(qmodel)
     if data is None:
-        data, described = _seeded(qmodel.example), f"{SEEDED} random inputs"
+        data, described = seeded(qmodel.example), f"{SEEDED} random inputs"
     import onnx_ir
 
     model = to_marked(qmodel, first_of(data))
@@ -142,15 +142,15 @@ def check_model(qmodel: QuantModel) -> None:
             )
 
 
-def _seeded(description: Any) -> Any:
+def seeded(description: Any) -> Any:
     """A batch of random inputs of the example's shape."""
     match description:
         case {"tensor": [_, *shape], "dtype": str(kind)}:
             return example_from({"tensor": [SEEDED, *shape], "dtype": kind})
         case {"dict": dict(items)}:
-            return {name: _seeded(item) for name, item in items.items()}
+            return {name: seeded(item) for name, item in items.items()}
         case {"tuple": [*items]} | {"list": [*items]}:
-            return tuple(_seeded(item) for item in items)
+            return tuple(seeded(item) for item in items)
     return example_from(description)
 
 
