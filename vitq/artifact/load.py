@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from vitq.artifact import schema
+from vitq.artifact import schema, wrapped
 from vitq.artifact.schema import CONFIG, TENSORS
 from vitq.core.batches import ForwardFn, default_forward, example_from
 from vitq.core.errors import ArtifactError
@@ -158,8 +158,9 @@ def _read_tensors(path: Path, config: schema.ArtifactConfig) -> dict[str, Tensor
     try:
         with safe_open(path, framework="pt") as file:
             bound = (file.metadata() or {}).get(schema.BOUND)
-            # Names without a slash are for another library that reads the file (save.Form).
-            tensors = {name: file.get_tensor(name) for name in file.keys() if "/" in name}  # noqa: SIM118 - no mapping
+            names = set(file.keys())
+            own = {name for name in names if "/" in name} if wrapped.NOTICE in names else names
+            tensors = {name: file.get_tensor(name) for name in own}
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise ArtifactError(f"{path} cannot be read: {error}") from error
     if bound != schema.binding(config):

@@ -33,7 +33,7 @@ class Form:
 
     Attributes:
         config: the text of config.json, for the artifact's own.
-        tensors: further tensors of model.safetensors. Their names have no slash, so that loading leaves them aside.
+        tensors: further tensors of model.safetensors (wrapped.NOTICE).
         files: further files, name -> text.
         how: Python that loads the folder, for the model card; None for the usual.
         check: is called with the folder before it is put in place; what it raises keeps it from that.

@@ -14,6 +14,9 @@ from vitq.core.errors import ArtifactError
 METHOD = "vitq"  # the quant_method, by which transformers finds who loads the model
 ENTRY = "quantization_config"
 DOCUMENT = "document"
+# A tensor of this name, which transformers lists if it does not know vitq, is in model.safetensors beside an artifact's
+# own ones. With it, tensors without a slash in their names are for transformers, and loading leaves them aside.
+NOTICE = "quantized_by_vitq.import_vitq_before_from_pretrained"
 
 
 def entry_of(document: str) -> dict[str, Any]:

@@ -24,10 +24,6 @@ from vitq.core.qmodel import QuantModel
 from vitq.data.families_hf import hf_source, is_hf_model
 from vitq.data.preprocess import PROCESSOR, Preprocess
 
-# Without vitq, transformers would fill the model with random numbers and warn. A tensor under a parameter's own name
-# and of another shape makes it stop; the name of a second one, which it lists as unexpected, says why.
-NOTICE = "quantized_by_vitq.import_vitq_before_from_pretrained"
-
 
 def form_of(qmodel: QuantModel, check: Callable[[Path], object] = lambda folder: None) -> Form:
     """What transformers wants of the folder.
@@ -118,9 +114,13 @@ def save_pretrained(
 
 
 def _guards(model: Any) -> dict[str, Tensor]:
+    """Tensors under parameters' own names, of another shape: without vitq, transformers stops at them.
+
+    It would fill the model with random numbers otherwise, and warn. The name of one more says what to do.
+    """
     large = [(name, value) for name, value in model.named_parameters() if value.ndim > 1 and value.numel() > 1]
     if not large:
         raise InputError(f"{type(model).__name__} has no weights; there is nothing to save")
     # The first is in the model without its head, the last in the head.
     ends = {name: torch.zeros([1] * value.ndim, dtype=value.dtype) for name, value in (large[0], large[-1])}
-    return ends | {NOTICE: torch.zeros(1)}
+    return ends | {wrapped.NOTICE: torch.zeros(1)}

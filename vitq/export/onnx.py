@@ -108,8 +108,20 @@ def check_request(path: Path, profile: str, opset: int = OPSET) -> None:
         raise InputError(
             f"opset {opset}: files are written for opset {OPSET}, the first with 4-bit weights; leave it out"
         )
+    check_place(path, "model.onnx")
+
+
+def check_place(path: Path, such_as: str) -> None:
+    """Refuse a place where no file can be written.
+
+    Args:
+        such_as: a name for the file.
+
+    Raises:
+        InputError: a folder, or in one that is not there or cannot be written to.
+    """
     if path.is_dir():
-        raise InputError(f"{path} is a folder; name a file, such as {path / 'model.onnx'}")
+        raise InputError(f"{path} is a folder; name a file, such as {path / such_as}")
     if not path.parent.is_dir():
         raise InputError(f"the folder {path.parent} does not exist; make it first, or write somewhere else")
     if not os.access(path.parent, os.W_OK):

@@ -20,10 +20,10 @@ from torch import nn
 from transformers import AutoModelForImageClassification, AutoModelForSemanticSegmentation
 
 import vitq
+from vitq.artifact.wrapped import NOTICE
 from vitq.core.errors import ArtifactError, ExportError, InputError
 from vitq.data.preprocess import PROCESSOR, Preprocess
 from vitq.data.zoo import build_zoo, seeded_images
-from vitq.export.hf import NOTICE
 
 from .hf_models import CALIB, UNSEEN, float_model, images, outputs, quantized, same
 
