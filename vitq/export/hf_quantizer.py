@@ -25,7 +25,7 @@ from vitq.export.hf import save_pretrained
 logger = logging.get_logger(__name__)
 
 QUANTIZERS = "vitq_quantizers"  # the submodule that moves them along with the model
-REPORTED = ("_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_load_unexpected")  # patterns; "" is all names
+REPORTED = ("_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_load_unexpected")
 SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
@@ -108,7 +108,7 @@ class VitqHfQuantizer(HfQuantizer):
         # All of its tensors come later. What is not in the file as a buffer gets the numbers of a new model before.
         for kind in REPORTED:
             self._reported[kind] = getattr(model, kind)
-            setattr(model, kind, type(self._reported[kind] or set())([""]))
+            setattr(model, kind, _Patterns([""]))
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         for kind, patterns in self._reported.items():
@@ -142,6 +142,13 @@ class VitqHfQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """Yes."""
         return True
+
+
+class _Patterns(set[str]):
+    """Patterns of names ("" is all of them), which transformers 5.0 adds to a list, and 5.23 unites with a set."""
+
+    def __add__(self, other: list[str]) -> list[str]:
+        return [*self, *other]
 
 
 def _names_without_slash(file: Path) -> list[str]:
