@@ -34,6 +34,11 @@ def from_hf(name: str, fetch: bool, num_classes: int | None) -> Built:
             config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
         except Exception as error:  # not found, no network, not a configuration
             raise _not_read(name, "configuration", error) from error
+        if getattr(config, "quantization_config", None) is not None:
+            raise InputError(
+                f"the model hf:{name} is quantized already; give the float model. The folder of an artifact is given "
+                f"by its path alone, to commands that take one (evaluate, inspect, export)"
+            )
         processor = _hf_processor_dict(name)
         if fetch:
             check_published_classes(name, config.num_labels, num_classes)

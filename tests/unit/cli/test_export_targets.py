@@ -112,5 +112,5 @@ def test_bad_input_is_refused(run: Run, artifact: Path, tmp_path: Path, words: l
 
 def test_every_target_is_in_the_help(run: Run) -> None:
     shown = " ".join(run("export", "--help").out.split())
-    assert sorted(TARGETS) == ["compressed-tensors", "hf", "torch"]
+    assert {"compressed-tensors", "hf", "torch"} <= set(TARGETS)
     assert all(name in shown for name in TARGETS)

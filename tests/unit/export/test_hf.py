@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import pickle
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ import vitq
 from vitq.artifact.wrapped import NOTICE
 from vitq.core.errors import ArtifactError, ExportError, InputError
 from vitq.data.preprocess import PROCESSOR, Preprocess
+from vitq.data.source import load_model
 from vitq.data.zoo import build_zoo, seeded_images
 
 from .hf_models import CALIB, UNSEEN, float_model, images, outputs, quantized, same
@@ -40,6 +42,9 @@ CASES = [("vit", recipe) for recipe in RECIPES] + [
     ("segformer", "repq_vit"),
     ("backbone", "minmax"),
 ]
+
+
+FLIPS = 40
 
 
 @pytest.fixture(scope="module")
@@ -203,6 +208,11 @@ def test_a_quantized_model_is_not_quantized_again(saved: Path) -> None:
         vitq.quantize(load(saved), "minmax", "w4a4", CALIB)
 
 
+def test_the_folder_is_no_float_model_by_name(saved: Path) -> None:
+    with pytest.raises(InputError, match="quantized already"):
+        load_model(f"hf:{saved}")
+
+
 def test_another_class_is_refused_by_name(saved: Path) -> None:
     with pytest.raises(InputError, match=r"is of ViTForImageClassification, and cannot be loaded as ViTModel"):
         transformers.AutoModel.from_pretrained(saved)
@@ -317,6 +327,22 @@ def test_documents_and_tensors_that_were_changed_or_exchanged(folder: Path, tmp_
     assert "digest" in refused(other)
     (folder / "model.safetensors").write_bytes(b"\x00" * 64)
     assert "damaged" in refused(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_any_changed_byte_is_noticed_or_changes_nothing(name: str, folder: Path) -> None:
+    whole = (folder / name).read_bytes()
+    draw = random.Random(0)
+    expected = outputs(quantized("vit", "repq_vit"))
+    for _ in range(FLIPS):
+        data = bytearray(whole)
+        data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+        (folder / name).write_bytes(bytes(data))
+        try:
+            found = outputs(vitq.load(folder))
+        except ArtifactError:
+            continue
+        assert all(map(torch.equal, found, expected))
 
 
 def test_a_newer_schema_asks_for_an_upgrade(folder: Path) -> None:
