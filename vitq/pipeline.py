@@ -20,7 +20,7 @@ from vitq.core.qmodel import QuantModel
 from vitq.core.recipe import Recipe, RecipeFn, resolve_recipe
 from vitq.core.site import Graph
 from vitq.core.training import Training, TrainingPass
-from vitq.graph.insert import attach
+from vitq.graph.insert import QuantizedOwner, attach
 from vitq.graph.trace import trace
 from vitq.quantizers.registry import quantizer_at
 
@@ -188,7 +188,7 @@ def check_weights(model: nn.Module) -> None:
     Raises:
         InputError: NaN or Inf in the weights, or a model that is quantized already.
     """
-    if isinstance(model, QuantModel):
+    if isinstance(model, QuantModel) or any(isinstance(module, QuantizedOwner) for module in model.modules()):
         raise InputError("this model is quantized already; give the float model")
     bad = [n for n, p in model.named_parameters() if p.is_floating_point() and not bool(torch.isfinite(p).all())]
     if bad:

@@ -7,8 +7,12 @@ from typing import Any
 from vitq.artifact.schema import ArtifactConfig
 
 
-def model_card(config: ArtifactConfig, tensor_bytes: int) -> str:
-    """Markdown that says what this is, how accurate it is, and how to load it."""
+def model_card(config: ArtifactConfig, tensor_bytes: int, how: str | None = None) -> str:
+    """Markdown that says what this is, how accurate it is, and how to load it.
+
+    Args:
+        how: Python that loads the folder, where `vitq.load` is not the usual way.
+    """
     source = config.source or {}
     recipe = config.plan["recipe"]
     named = source.get("name") or source.get("spec")
@@ -26,9 +30,7 @@ def model_card(config: ArtifactConfig, tensor_bytes: int) -> str:
         "## Load",
         "",
         "```python",
-        "import vitq",
-        "",
-        f'qmodel = vitq.load("path/to/this/folder"{"" if by_name else ", model=architecture"})',
+        how or f'import vitq\n\nqmodel = vitq.load("path/to/this/folder"{"" if by_name else ", model=architecture"})',
         "```",
         "",
         "## Calibration",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from vitq.artifact import schema
+from vitq.artifact import schema, wrapped
 from vitq.artifact.schema import CONFIG, TENSORS
 from vitq.core.batches import ForwardFn, default_forward, example_from
 from vitq.core.errors import ArtifactError
@@ -64,6 +64,21 @@ def load(
             target = build_model(config.source or {}, trust_code=trust_code)
         names = schema.Renaming(dict(rename or {}))
         return _assemble(config, tensors, target.eval(), forward_fn, names, float_model is not None)
+
+
+def load_onto(model: nn.Module, config: schema.ArtifactConfig, tensors: Path) -> QuantModel:
+    """Fill a model that is there already from the two parts of an artifact, in place.
+
+    Args:
+        config: what config.json says.
+        tensors: the file that it goes with.
+
+    Raises:
+        ArtifactError: as `load`.
+    """
+    with schema.told_as_damage(tensors, "is damaged, or not of this model"):
+        read = _read_tensors(tensors, config)
+        return _assemble(config, read, model.eval(), default_forward, schema.Renaming(), False)
 
 
 def _assemble(
@@ -143,7 +158,9 @@ def _read_tensors(path: Path, config: schema.ArtifactConfig) -> dict[str, Tensor
     try:
         with safe_open(path, framework="pt") as file:
             bound = (file.metadata() or {}).get(schema.BOUND)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            names = set(file.keys())
+            own = {name for name in names if "/" in name} if wrapped.NOTICE in names else names
+            tensors = {name: file.get_tensor(name) for name in own}
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise ArtifactError(f"{path} cannot be read: {error}") from error
     if bound != schema.binding(config):

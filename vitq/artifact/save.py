@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,25 @@ from vitq.quantizers.common import AnyQuantizer
 from vitq.quantizers.packing import pack
 
 PACKABLE_BITS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """What another library wants of the folder.
+
+    Attributes:
+        config: the text of config.json, for the artifact's own.
+        tensors: further tensors of model.safetensors (wrapped.NOTICE).
+        files: further files, name -> text.
+        how: Python that loads the folder, for the model card; None for the usual.
+        check: is called with the folder before it is put in place; what it raises keeps it from that.
+    """
+
+    config: Callable[[str], str] = str
+    tensors: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    files: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    how: str | None = None
+    check: Callable[[Path], object] = lambda folder: None
 
 
 def check_destination(path: str | Path, *, force: bool = False) -> None:
@@ -68,6 +88,18 @@ def save(
     Raises:
         ArtifactError: not frozen, a destination that exists without `force`, or a failed write.
     """
+    return save_as(qmodel, path, Form(), force=force, metrics=metrics)
+
+
+def save_as(
+    qmodel: QuantModel,
+    path: str | Path,
+    form: Form,
+    *,
+    force: bool = False,
+    metrics: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """As `save`, in a form that another library reads, too."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -80,11 +112,14 @@ def save(
 
     def fill(folder: Path) -> None:
         digests = {schema.BOUND: schema.binding(schema.describe(qmodel, packed, "", {}))}
-        save_file(tensors, folder / TENSORS, metadata=digests)
+        save_file(tensors | dict(form.tensors), folder / TENSORS, metadata=digests)
         config = schema.describe(qmodel, packed, schema.sha256_of(folder / TENSORS), dict(metrics or {}))
-        (folder / CONFIG).write_text(schema.dump(config), encoding="utf-8")
-        card = model_card(config, (folder / TENSORS).stat().st_size)
+        (folder / CONFIG).write_text(form.config(schema.dump(config)), encoding="utf-8")
+        card = model_card(config, (folder / TENSORS).stat().st_size, form.how)
         (folder / CARD).write_bytes(card.encode("utf-8", errors="replace"))
+        for name, text in form.files.items():
+            (folder / name).write_text(text, encoding="utf-8")
+        form.check(folder)
         written["bytes"] = sum(f.stat().st_size for f in folder.iterdir())
 
     try:
@@ -123,8 +158,10 @@ def _tensors(qmodel: QuantModel) -> tuple[dict[str, Tensor], dict[str, schema.Pa
             coded.add(id(weight))
     # Tied parameters come under several names; codes serve all of them.
     params = {n: p for n, p in qmodel.model.named_parameters(remove_duplicate=False) if id(p) in coded}
+    # A model of transformers holds its quantizers itself, so that they move along with it.
+    inside = tuple(f"{name}." for name, module in qmodel.model.named_modules() if module is qmodel.quantizers)
     for name, value in qmodel.model.state_dict().items():
-        if name not in params:
+        if name not in params and not name.startswith(inside):
             tensors[f"state/{name}"] = value.detach().cpu().contiguous().clone()
     for number, rewrite in enumerate(qmodel.rewrites):
         for name, value in rewrite.tensors.items():

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from vitq.artifact import wrapped
 from vitq.core.errors import ArtifactError, MissingExtraError
 from vitq.core.qmodel import QuantModel
 from vitq.core.version import __version__
@@ -187,7 +188,7 @@ def _plain(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def read(path: Path) -> ArtifactConfig:
-    """Read and check config.json.
+    """Read and check config.json, an artifact's own or that of a Hugging Face folder with an artifact in it.
 
     Raises:
         ArtifactError: missing, not JSON, not ours, newer, changed, or of another form.
@@ -200,9 +201,17 @@ def read(path: Path) -> ArtifactConfig:
         raise ArtifactError(f"{path.parent} is not an artifact: it has no {CONFIG}")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        actual = _digest({k: v for k, v in data.items() if k != "digest"}) if isinstance(data, dict) else ""
     except (ValueError, OSError, RecursionError) as error:
         raise ArtifactError(f"{path} cannot be read: {error}; the artifact is damaged") from error
+    return parse(wrapped.document_in(data[wrapped.ENTRY]) if wrapped.is_wrapped(data) else data, path)
+
+
+def parse(data: Any, path: Path) -> ArtifactConfig:
+    """Check a document that was read from a file; raises as `read`.
+
+    Args:
+        path: the file, for messages.
+    """
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise ArtifactError(f"{path} was not written by vitq; give the folder that `vitq quantize --out` wrote")
     version = data.get("schema_version")
@@ -213,6 +222,11 @@ def read(path: Path) -> ArtifactConfig:
             f"{path} has schema version {version}, and this vitq ({__version__}) reads up to {SCHEMA_VERSION}; "
             f"upgrade vitq"
         )
+    try:
+        actual = _digest({k: v for k, v in data.items() if k != "digest"})
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path} cannot be read: {error}; the artifact is damaged") from error
+    data = dict(data)
     if data.pop("digest", None) != actual:
         raise ArtifactError(f"{path} is damaged or was edited: its digest does not match its content")
     expected = {f.name for f in fields(ArtifactConfig)}

@@ -7,17 +7,19 @@ from typing import Annotated, Any
 
 import typer
 
-from vitq.artifact import load
+from vitq.artifact import load, schema
 from vitq.cli import app as a
 from vitq.cli import work
 from vitq.cli.console import Say, check_outputs, command, write_json
 from vitq.core.errors import InputError, UnknownNameError
 from vitq.core.qmodel import QuantModel
+from vitq.core.target import TARGETS, Request
 from vitq.data.images import open_images
 from vitq.export.onnx import Exported, check_request, export_onnx
 from vitq.export.runtime import need_packages
 
-TARGETS = ("onnx",)
+FORMATS = ("onnx",)  # with profiles of their own; the others are in vitq/export/targets, one file each
+ONNX_PROFILE = "ort"
 FIRST = 3  # products in float that are named
 
 
@@ -25,14 +27,21 @@ FIRST = 3  # products in float that are named
 @command
 def export(
     target: Annotated[str, typer.Argument(metavar="DIR", help="An artifact.")],
-    out: Annotated[Path, typer.Option(help="The file to write, in a folder that exists.")],
-    to: Annotated[str, typer.Option(help="What kind of file: onnx.")] = "onnx",
+    out: Annotated[Path, typer.Option(help="The file to write, in a folder that exists; or the folder.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="onnx: a file for ONNX Runtime. hf: a folder for from_pretrained of transformers after `import vitq`. "
+            "compressed-tensors: one that it loads with that package, for uniform formats of linear layers. torch: a "
+            "program of torch.export (.pt2)."
+        ),
+    ] = "onnx",
     profile: Annotated[
         str,
         typer.Option(
             help="ort: whole numbers next to products, for ONNX Runtime. reference: standard operators in float32."
         ),
-    ] = "ort",
+    ] = ONNX_PROFILE,
     data: Annotated[
         str | None,
         typer.Option(help=f"Images to compare on; labels are not needed. Random ones without. {a.DATA_HELP}"),
@@ -42,7 +51,9 @@ def export(
     json: a.Json = None,
     quiet: a.Quiet = False,
 ) -> None:
-    """Write an artifact as ONNX, and run the file in ONNX Runtime beside the simulated model before it counts.
+    """Write an artifact for another runtime, and run that beside the simulated model before it counts.
+
+    For ONNX, the file is run in ONNX Runtime.
 
     Weights are 4- and 8-bit numbers in the file, the batch size is free. Where every site is given what the simulated
     model has, 99.9 % of the codes must be equal and the rest off by one; then predictions are compared on the whole.
@@ -52,17 +63,32 @@ def export(
         vitq export out/ --out model.onnx --data photos/
 
         vitq export out/ --to onnx --profile reference --out model.onnx --json export.json
+
+        vitq export out/ --to hf --out folder/
     """
     say = Say(quiet)
     check_outputs(json)
-    if to not in TARGETS:
-        raise UnknownNameError("export target", to, TARGETS)
-    check_request(out, profile)
-    need_packages()
+    if to not in FORMATS and to not in TARGETS:
+        raise UnknownNameError("export target", to, [*FORMATS, *TARGETS])
+    if to in FORMATS:
+        check_request(out, profile)
+        need_packages()
+    elif profile != ONNX_PROFILE:
+        raise InputError(f"--profile is for --to {' and '.join(FORMATS)}; leave it out")
+    else:
+        TARGETS[to].check(out)
     if not work.is_artifact(target):
         raise InputError(f"{target} is no artifact: quantize or train a model first")
     qmodel = load(target, trust_code=trust_code)
     batch, described = _images(qmodel, target, data, images) if data is not None else (None, "")
+    if to in TARGETS:
+        say.note(f"exporting {target}, then loading what was written")
+        metrics = schema.read(Path(target) / schema.CONFIG).metrics
+        written = TARGETS[to].write(qmodel, Request(out, batch, described, metrics))
+        for line in written.lines:
+            say.result(line)
+        write_json(json, {"model": target, "to": to} | written.to_json())
+        return
     say.note(f"exporting {target} for {profile}, then running the file")
     made = export_onnx(qmodel, out, profile, data=batch, described=described)
     _tell(made, say)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
@@ -125,6 +126,19 @@ class QuantModel(nn.Module):
             if "model" in modules and not name.startswith("__"):
                 return getattr(modules["model"], name)
             raise
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a folder that `from_pretrained` of transformers loads after `import vitq`.
+
+        Not the model's own method of that name, which would write decoded float weights.
+
+        Raises:
+            InputError: no model of transformers.
+            ArtifactError, ExportError: a folder that exists or cannot be written, or that loads as something else.
+        """
+        from vitq.core.target import export_to
+
+        export_to(self, "hf", folder)
 
     # -- sites -----------------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 # center, squash, border: timm's. center_floor: as center, with Hugging Face's rounding of the corner.
 CROP_MODES = ("center", "squash", "border", "center_floor")
 PIL_RESAMPLING = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # by PIL's number
+PROCESSOR = "preprocessor_config.json"  # where Hugging Face keeps an image processor
 HALF = (0.5, 0.5, 0.5)
 # Keywords of timm's create_transform: crops of 8 to 100 % of the area and flips; what DeiT was trained with besides.
 AUGMENTATIONS: dict[str, dict[str, Any]] = {
@@ -183,6 +184,29 @@ class Preprocess:
             crop_pct=crop_pct,
             crop_mode=crop_mode,
         )
+
+    def to_hf(self) -> dict[str, Any] | None:
+        """The dict of a Hugging Face image processor that does the same (from_hf reads it), None if there is none."""
+        channels, height, width = self.input_size
+        whole = self.crop_mode == "squash" and self.crop_pct == 1
+        floor = self.crop_mode == "center_floor" and height == width
+        if channels != 3 or self.interpolation not in PIL_RESAMPLING or not (whole or floor):
+            return None
+        crop = {"height": height, "width": width}
+        return {
+            "image_processor_type": "CLIPImageProcessor",
+            "do_convert_rgb": True,
+            "do_resize": True,
+            "size": crop if whole else {"shortest_edge": math.floor(height / self.crop_pct)},
+            "resample": PIL_RESAMPLING.index(self.interpolation),
+            "do_center_crop": not whole,
+            "crop_size": crop,
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
+        }
 
     @classmethod
     def from_image_size(cls, size: int | tuple[int, int]) -> Preprocess:

@@ -131,7 +131,7 @@ def _build_named(kind: str, source: Mapping[str, Any]) -> Built:
     if kind == "timm":
         return families.from_timm(source["name"], False, source["num_classes"], source.get("kwargs") or {})
     if kind == "hf":
-        return families_hf.from_hf_config(source["name"], source["config"])
+        return families_hf.from_hf_config(source["name"], source["config"], source.get("architecture"))
     if kind == "torchvision":
         return families.from_torchvision(source["name"], False, source["num_classes"])
     if kind == "onnx":

@@ -57,7 +57,7 @@ def to_marked(qmodel: QuantModel, example: Any) -> Any:
         quantizer.baked = False  # so that the site of a weight is in the graph, too
         quantizer.forward = _Mark(site.id, quantizer, uses)
     batch = torch.export.Dim("batch")
-    example = pytree.tree_map(_twice, example)
+    example = pytree.tree_map(twice, example)
     args, kwargs = arguments(example)
     shapes = pytree.tree_map(lambda t: {0: batch} if isinstance(t, Tensor) and t.ndim else None, kwargs or args)
     with warnings.catch_warnings(), torch.no_grad():
@@ -76,8 +76,8 @@ def to_marked(qmodel: QuantModel, example: Any) -> Any:
             raise
         except Exception as error:  # torch raises errors of many kinds
             raise ExportError(
-                f"torch could not export this model for every batch size: {_reason(error)}; does its forward depend on "
-                f"values, on the number of images, or use an operator that ONNX has not?"
+                f"torch could not export this model for every batch size: {reason_of(error)}; does its forward depend "
+                f"on values, on the number of images, or use an operator that ONNX has not?"
             ) from error
     return exported.model
 
@@ -100,8 +100,8 @@ class _Mark:
         return marked
 
 
-def _reason(error: BaseException) -> str:
-    """The first line of what it began with: torch wraps errors into advice."""
+def reason_of(error: BaseException) -> str:
+    """The first line of what an error of torch began with: it wraps them into advice."""
     while error.__cause__ is not None:
         error = error.__cause__
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
@@ -114,7 +114,8 @@ def arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return tuple(batch) if isinstance(batch, (tuple, list)) else (batch,), {}
 
 
-def _twice(value: Any) -> Any:
+def twice(value: Any) -> Any:
+    """A tensor's first example as a batch of EXPORT_BATCH; other values as they are."""
     return (
         value[:1].repeat(EXPORT_BATCH, *[1] * (value.ndim - 1)) if isinstance(value, Tensor) and value.ndim else value
     )

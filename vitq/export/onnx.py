@@ -86,7 +86,7 @@ def export_onnx(
     need_packages()
     check_model(qmodel)
     if data is None:
-        data, described = _seeded(qmodel.example), f"{SEEDED} random inputs"
+        data, described = seeded(qmodel.example), f"{SEEDED} random inputs"
     import onnx_ir
 
     model = to_marked(qmodel, first_of(data))
@@ -108,8 +108,20 @@ def check_request(path: Path, profile: str, opset: int = OPSET) -> None:
         raise InputError(
             f"opset {opset}: files are written for opset {OPSET}, the first with 4-bit weights; leave it out"
         )
+    check_place(path, "model.onnx")
+
+
+def check_place(path: Path, such_as: str) -> None:
+    """Refuse a place where no file can be written.
+
+    Args:
+        such_as: a name for the file.
+
+    Raises:
+        InputError: a folder, or in one that is not there or cannot be written to.
+    """
     if path.is_dir():
-        raise InputError(f"{path} is a folder; name a file, such as {path / 'model.onnx'}")
+        raise InputError(f"{path} is a folder; name a file, such as {path / such_as}")
     if not path.parent.is_dir():
         raise InputError(f"the folder {path.parent} does not exist; make it first, or write somewhere else")
     if not os.access(path.parent, os.W_OK):
@@ -142,15 +154,15 @@ def check_model(qmodel: QuantModel) -> None:
             )
 
 
-def _seeded(description: Any) -> Any:
+def seeded(description: Any) -> Any:
     """A batch of random inputs of the example's shape."""
     match description:
         case {"tensor": [_, *shape], "dtype": str(kind)}:
             return example_from({"tensor": [SEEDED, *shape], "dtype": kind})
         case {"dict": dict(items)}:
-            return {name: _seeded(item) for name, item in items.items()}
+            return {name: seeded(item) for name, item in items.items()}
         case {"tuple": [*items]} | {"list": [*items]}:
-            return tuple(_seeded(item) for item in items)
+            return tuple(seeded(item) for item in items)
     return example_from(description)
 
 
