@@ -20,4 +20,5 @@ from vitq.core.recipe import recipe as recipe
 from vitq.core.training import Training as Training
 from vitq.core.version import __version__ as __version__
 from vitq.export import export_onnx as export_onnx
+from vitq.export import export_openvino as export_openvino
 from vitq.pipeline import quantize as quantize

@@ -14,10 +14,13 @@ from vitq.cli.console import Say, check_outputs, command, write_json
 from vitq.core.errors import InputError, UnknownNameError
 from vitq.core.qmodel import QuantModel
 from vitq.data.images import open_images
+from vitq.export.lower import PROFILES
 from vitq.export.onnx import Exported, check_request, export_onnx
-from vitq.export.runtime import need_packages
+from vitq.export.openvino_ir import PROFILE as OPENVINO
+from vitq.export.openvino_ir import check_ir_request, export_openvino
+from vitq.export.runtime import need_packages, runtime_named
 
-TARGETS = ("onnx",)
+TARGETS = {"onnx": "ort", "openvino": OPENVINO}  # and the profile that is meant where none is named
 FIRST = 3  # products in float that are named
 
 
@@ -26,13 +29,17 @@ FIRST = 3  # products in float that are named
 def export(
     target: Annotated[str, typer.Argument(metavar="DIR", help="An artifact.")],
     out: Annotated[Path, typer.Option(help="The file to write, in a folder that exists.")],
-    to: Annotated[str, typer.Option(help="What kind of file: onnx.")] = "onnx",
+    to: Annotated[
+        str, typer.Option(help="What kind of file: onnx, or openvino (an xml, and a bin beside it).")
+    ] = "onnx",
     profile: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="ort: whole numbers next to products, for ONNX Runtime. reference: standard operators in float32."
+            help="ort: whole numbers next to products, for ONNX Runtime. openvino: the same for OpenVINO. "
+            "reference: standard operators in float32.",
+            show_default="ort, or openvino with --to openvino",
         ),
-    ] = "ort",
+    ] = None,
     data: Annotated[
         str | None,
         typer.Option(help=f"Images to compare on; labels are not needed. Random ones without. {a.DATA_HELP}"),
@@ -42,31 +49,46 @@ def export(
     json: a.Json = None,
     quiet: a.Quiet = False,
 ) -> None:
-    """Write an artifact as ONNX, and run the file in ONNX Runtime beside the simulated model before it counts.
+    """Write an artifact for ONNX Runtime or OpenVINO, and run it there beside the simulated model before it counts.
 
     Weights are 4- and 8-bit numbers in the file, the batch size is free. Where every site is given what the simulated
     model has, 99.9 % of the codes must be equal and the rest off by one; then predictions are compared on the whole.
-    If that fails, the first site that differs is named, and a file that was there stays. What ONNX Runtime multiplies
+    If that fails, the first site that differs is named, and a file that was there stays. What the runtime multiplies
     in whole numbers is read from the graph that it makes of the file.
 
         vitq export out/ --out model.onnx --data photos/
 
         vitq export out/ --to onnx --profile reference --out model.onnx --json export.json
+
+        vitq export out/ --to openvino --out model.xml --data photos/
     """
     say = Say(quiet)
     check_outputs(json)
     if to not in TARGETS:
         raise UnknownNameError("export target", to, TARGETS)
-    check_request(out, profile)
-    need_packages()
+    profile = profile or TARGETS[to]
+    if to == "openvino":
+        if profile != OPENVINO:
+            raise InputError(f"--to openvino is of the profile {OPENVINO}, not {profile}; leave --profile out")
+        check_ir_request(out)
+    else:
+        check_request(out, profile)
+    need_packages(runtime_named(PROFILES[profile].runtime))
     if not work.is_artifact(target):
         raise InputError(f"{target} is no artifact: quantize or train a model first")
     qmodel = load(target, trust_code=trust_code)
     batch, described = _images(qmodel, target, data, images) if data is not None else (None, "")
     say.note(f"exporting {target} for {profile}, then running the file")
-    made = export_onnx(qmodel, out, profile, data=batch, described=described)
+    if to == "openvino":
+        made = export_openvino(qmodel, out, data=batch, described=described)
+    else:
+        made = export_onnx(qmodel, out, profile, data=batch, described=described)
     _tell(made, say)
     write_json(json, {"model": target, "to": to} | made.to_json())
+
+
+def _beside(path: Path) -> str:
+    return f" with {path.with_suffix('.bin').name}" if path.suffix == ".xml" else ""
 
 
 def _images(qmodel: QuantModel, target: str, data: str, count: int) -> tuple[Any, str]:
@@ -79,9 +101,11 @@ def _images(qmodel: QuantModel, target: str, data: str, count: int) -> tuple[Any
 def _tell(made: Exported, say: Say) -> None:
     whole, rest = (sum(made.products[kind].values()) for kind in ("whole", "float"))
     named = ", ".join(f"{count} {name}" for name, count in list(made.products["float"].items())[:FIRST])
-    say.result(f"{made.path}: {made.bytes / 1e6:.2f} MB, ONNX opset {made.opset}, profile {made.profile}")
     say.result(
-        f"ONNX Runtime does {whole} of {whole + rest} matrix products in whole numbers, {rest} in float"
+        f"{made.path}: {made.bytes / 1e6:.2f} MB{_beside(made.path)}, ONNX opset {made.opset}, profile {made.profile}"
+    )
+    say.result(
+        f"{made.runtime} does {whole} of {whole + rest} matrix products in whole numbers, {rest} in float"
         + (f" ({named})" if named else "")
     )
     for note in made.notes:

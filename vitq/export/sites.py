@@ -17,19 +17,29 @@ from vitq.quantizers.base import Quantizer
 BYTE = 8
 
 
-def put_activation(edit: Editor, kind: str, quantizer: Quantizer | None, functions: Functions, paired: bool) -> Any:
+def put_activation(
+    edit: Editor,
+    kind: str,
+    quantizer: Quantizer | None,
+    functions: Functions,
+    paired: bool,
+    *,
+    clip_values: bool = False,
+) -> Any:
     """Replace the mark at an activation; gives what stands for its values now.
 
     Args:
         kind: name of the format.
         quantizer: None for a dynamic format, whose arithmetic is in the graph already.
         paired: as QuantizeLinear and DequantizeLinear; the format `fits_bytes`.
+        clip_values: with fewer than eight bits, clip values before they are rounded, instead of codes: OpenVINO takes
+            the pair for whole numbers only if nothing is between its nodes.
     """
     x = edit.marked.inputs[0]
     if quantizer is None:
         value = edit.node("Identity", [x], part=VALUE)
     elif paired:
-        value = _pair(edit, x, quantizer)
+        value = _pair(edit, x, quantizer, clip_values)
     else:
         value = _as_function(edit, x, kind, quantizer, functions)
     edit.replace(value)
@@ -59,7 +69,9 @@ def fits_bytes(quantizer: object) -> bool:
     return bool((zero_point >= 0).all() and (zero_point < 2**BYTE).all())
 
 
-def _pair(edit: Editor, x: Any, quantizer: Quantizer) -> Any:
+def _pair(edit: Editor, x: Any, quantizer: Quantizer, clip_values: bool) -> Any:
+    import onnx_ir as ir
+
     if (order := edit.take_transposes()) != tuple(range(len(x.shape))):
         x = edit.node("Transpose", [x], {"perm": order})
     params = quantizer.params()
@@ -68,12 +80,19 @@ def _pair(edit: Editor, x: Any, quantizer: Quantizer) -> Any:
         edit.constant("zero_point", params["zero_point"].to(torch.uint8).cpu().numpy()),
     ]
     whole = quantizer.bits == BYTE
+    if not whole and clip_values:
+        steps = torch.tensor([0, 2**quantizer.bits - 1]) - params["zero_point"].cpu()
+        low, high = (steps * params["scale"].detach().cpu()).numpy()
+        ends = [edit.constant("low_value", np.asarray(low)), edit.constant("high_value", np.asarray(high))]
+        x, whole = edit.node("Clip", [x, *ends]), True
     code = edit.node("QuantizeLinear", [x, *with_scale], part=CODE if whole else "")
     if not whole:
         ends = [
             edit.constant(name, np.array(end, np.uint8)) for name, end in (("low", 0), ("high", 2**quantizer.bits - 1))
         ]
         code = edit.node("Clip", [code, *ends], part=CODE)
+    # Where a copy of the file is given codes, their number of dimensions decides which kernels can be taken.
+    code.shape, code.dtype = edit.marked.outputs[0].shape, ir.DataType.UINT8
     return edit.node("DequantizeLinear", [code, *with_scale])
 
 
