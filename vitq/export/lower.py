@@ -70,9 +70,9 @@ def lower_marks(model: Any, qmodel: QuantModel, profile: Profile) -> None:
             rests |= put_weight(edit, quantizer, weight.detach(), node in wide, signed=profile.signed)
             continue
         kind = qmodel.formats[edit.site].kind
-        value = put_activation(edit, kind, quantizer, functions, node in pairs, clip_values=profile.signed)
+        value = put_activation(edit, kind, quantizer, functions, node in pairs, alone=profile.signed)
         if node in pairs:
-            fold_factor(graph, value.producer(), f"{edit.name}/scale_times_factor")
+            fold_factor(graph, value, f"{edit.name}/scale_times_factor")
     if profile.signed:
         rests |= sign_operands(graph, qmodel)
         add_rests(graph, rests)

@@ -61,11 +61,19 @@ def takes_whole_numbers(marked: Any, fits: Callable[[Any], bool], flat: bool = F
     )
 
 
-def fold_factor(graph: Any, dequantize: Any, name: str) -> None:
+def dequantized(value: Any) -> Any:
+    """The DequantizeLinear that a value comes from, itself or transposed, if any."""
+    node = value.producer()
+    if node is not None and node.op_type == "Transpose" and len(list(node.inputs[0].uses())) == 1:
+        node = node.inputs[0].producer()
+    return node if node is not None and node.op_type == "DequantizeLinear" else None
+
+
+def fold_factor(graph: Any, value: Any, name: str) -> None:
     """Make the one constant factor that a dequantized value is multiplied with a part of its scale."""
     import onnx_ir as ir
 
-    value = dequantize.outputs[0]
+    dequantize = dequantized(value)
     nodes = only_consumers(value, "Mul")
     if len(nodes) != 1 or nodes[0].inputs[0] is nodes[0].inputs[1]:
         return

@@ -18,6 +18,7 @@ import numpy as np
 
 from vitq.core.qmodel import QuantModel
 from vitq.export.edit import SHIFT, SITE, initializer, only_consumers
+from vitq.export.place import dequantized
 from vitq.quantizers.base import Quantizer
 
 MIDDLE = 128  # what makes a signed byte of an unsigned one
@@ -63,10 +64,8 @@ def add_rests(graph: Any, rests: Rests) -> None:
 
 
 def _is_activation(value: Any) -> bool:
-    node = value.producer()
-    if node is None or node.op_type != "DequantizeLinear":
-        return False
-    before = node.inputs[0].producer()
+    node = dequantized(value)
+    before = None if node is None else node.inputs[0].producer()
     return before is not None and before.op_type == "QuantizeLinear"
 
 
@@ -84,7 +83,7 @@ def _inner(node: Any) -> int | None:
 
 
 def _quantizer(value: Any, qmodel: QuantModel) -> Quantizer:
-    found = qmodel.quantizers[value.producer().metadata_props[SITE]]
+    found = qmodel.quantizers[dequantized(value).metadata_props[SITE]]
     assert isinstance(found, Quantizer)
     return found
 
@@ -94,12 +93,12 @@ def _zero_point(value: Any, qmodel: QuantModel) -> int:
 
 
 def _signed(value: Any) -> bool:
-    return SHIFT in value.producer().inputs[0].producer().metadata_props
+    return SHIFT in dequantized(value).inputs[0].producer().metadata_props
 
 
 def _shift(graph: Any, value: Any, qmodel: QuantModel) -> Rests:
     """Make the codes of a pair signed ones; gives what its values lose."""
-    dequantize = value.producer()
+    dequantize = dequantized(value)
     quantize = dequantize.inputs[0].producer()
     zero_point = _zero_point(value, qmodel)
     shift = shift_of(zero_point, _quantizer(value, qmodel).bits)
@@ -145,8 +144,14 @@ def _enters_softmax(node: Any) -> bool:
 def _sums(graph: Any, product: Any, of: Any, axis: int, times: Any) -> Any:
     """The sums of a value along an axis, kept as one of size 1, times what the other operand lacks."""
     name = f"{product.name}/{'columns' if axis == -2 else 'rows'}"
+    transpose = of.producer() if of.producer().op_type == "Transpose" else None
+    if transpose is not None:  # which is to remain a part of the product: sum what comes before it
+        order = list(transpose.attributes["perm"].as_ints())
+        of, axis = transpose.inputs[0], order[axis] - len(order)
     along = initializer(graph, f"axis{axis}", np.array([axis], np.int64))
     sums = _insert(graph, product, "ReduceSum", [of, along], name)
+    if transpose is not None:
+        sums = _insert(graph, product, "Transpose", [sums], f"{name}_in_order", {"perm": order})
     return _insert(graph, product, "Mul", [sums, times], f"{name}_times_rest")
 
 
@@ -168,10 +173,12 @@ def _add(graph: Any, node: Any, terms: list[Any]) -> None:
             graph.outputs[number] = value
 
 
-def _insert(graph: Any, before: Any, kind: str, inputs: list[Any], name: str) -> Any:
+def _insert(
+    graph: Any, before: Any, kind: str, inputs: list[Any], name: str, attributes: dict[str, Any] | None = None
+) -> Any:
     import onnx_ir as ir
 
-    made = ir.node(kind, inputs, name=name, num_outputs=1)
+    made = ir.node(kind, inputs, attributes or {}, name=name, num_outputs=1)
     made.outputs[0].name = name
     graph.insert_before(before, made)
     return made.outputs[0]

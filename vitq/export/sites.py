@@ -24,7 +24,7 @@ def put_activation(
     functions: Functions,
     paired: bool,
     *,
-    clip_values: bool = False,
+    alone: bool = False,
 ) -> Any:
     """Replace the mark at an activation; gives what stands for its values now.
 
@@ -32,14 +32,15 @@ def put_activation(
         kind: name of the format.
         quantizer: None for a dynamic format, whose arithmetic is in the graph already.
         paired: as QuantizeLinear and DequantizeLinear; the format `fits_bytes`.
-        clip_values: with fewer than eight bits, clip values before they are rounded, instead of codes: OpenVINO takes
-            the pair for whole numbers only if nothing is between its nodes.
+        alone: nothing comes between the pair, and what is transposed is transposed behind it. With fewer than eight
+            bits, values are clipped before they are rounded, instead of codes. OpenVINO takes the pair for whole
+            numbers only then, and makes the transposition a part of the product.
     """
     x = edit.marked.inputs[0]
     if quantizer is None:
         value = edit.node("Identity", [x], part=VALUE)
     elif paired:
-        value = _pair(edit, x, quantizer, clip_values)
+        value = _pair(edit, x, quantizer, alone)
     else:
         value = _as_function(edit, x, kind, quantizer, functions)
     edit.replace(value)
@@ -69,18 +70,23 @@ def fits_bytes(quantizer: object) -> bool:
     return bool((zero_point >= 0).all() and (zero_point < 2**BYTE).all())
 
 
-def _pair(edit: Editor, x: Any, quantizer: Quantizer, clip_values: bool) -> Any:
+def _pair(edit: Editor, x: Any, quantizer: Quantizer, alone: bool) -> Any:
     import onnx_ir as ir
 
-    if (order := edit.take_transposes()) != tuple(range(len(x.shape))):
-        x = edit.node("Transpose", [x], {"perm": order})
+    shape = edit.marked.outputs[0].shape
+    order = edit.take_transposes()
+    moved = order != tuple(range(len(x.shape)))
+    if moved and not alone:
+        x, shape = edit.node("Transpose", [x], {"perm": order}), edit.marked.outputs[0].shape
+    elif moved:
+        edit.order = ()  # codes are as the site has them
     params = quantizer.params()
     with_scale = [
         edit.constant("scale", params["scale"].detach().cpu().numpy()),
         edit.constant("zero_point", params["zero_point"].to(torch.uint8).cpu().numpy()),
     ]
     whole = quantizer.bits == BYTE
-    if not whole and clip_values:
+    if not whole and alone:
         steps = torch.tensor([0, 2**quantizer.bits - 1]) - params["zero_point"].cpu()
         low, high = (steps * params["scale"].detach().cpu()).numpy()
         ends = [edit.constant("low_value", np.asarray(low)), edit.constant("high_value", np.asarray(high))]
@@ -92,8 +98,10 @@ def _pair(edit: Editor, x: Any, quantizer: Quantizer, clip_values: bool) -> Any:
         ]
         code = edit.node("Clip", [code, *ends], part=CODE)
     # Where a copy of the file is given codes, their number of dimensions decides which kernels can be taken.
-    code.shape, code.dtype = edit.marked.outputs[0].shape, ir.DataType.UINT8
-    return edit.node("DequantizeLinear", [code, *with_scale])
+    code.shape, code.dtype = shape, ir.DataType.UINT8
+    value = edit.node("DequantizeLinear", [code, *with_scale])
+    value.shape, value.dtype = shape, ir.DataType.FLOAT
+    return edit.node("Transpose", [value], {"perm": order}) if moved and alone else value
 
 
 def _function(edit: Editor, x: Any, kind: str, quantizer: Quantizer, functions: Functions) -> Any:
