@@ -28,19 +28,21 @@ class Profile:
         pairs: activations as QuantizeLinear and DequantizeLinear, placed next to products; else as local functions.
         signed: operands without zero-points, what they lack added behind the product (signed.py), products of two
             dimensions among them, and functions written out, which OpenVINO does not call.
+        dynamic: the runtime does the arithmetic of dynamic formats as torch does it, to the bit.
     """
 
     name: str
     runtime: str
     pairs: bool
     signed: bool = False
+    dynamic: bool = True
 
 
 PROFILES = {
     p.name: p
     for p in (
         Profile("ort", "ort", pairs=True),
-        Profile("openvino", "openvino", pairs=True, signed=True),
+        Profile("openvino", "openvino", pairs=True, signed=True, dynamic=False),
         Profile("reference", "ort", pairs=False),
     )
 }

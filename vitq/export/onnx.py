@@ -13,7 +13,7 @@ from vitq.core.files import write_bytes
 from vitq.core.qmodel import QuantModel
 from vitq.core.roles import WEIGHT
 from vitq.core.site import Site
-from vitq.export.lower import PROFILES, lower_marks
+from vitq.export.lower import PROFILES, Profile, lower_marks
 from vitq.export.marked import OPSET, to_marked
 from vitq.export.parity import Parity, check_parity
 from vitq.export.runtime import Products, Runtime, need_packages, runtime_named
@@ -120,7 +120,7 @@ def checked(qmodel: QuantModel, profile: str, data: Any, described: str) -> Chec
     """Make the file of a profile and run it beside the simulated model; raises as `export_onnx`."""
     runtime = runtime_named(PROFILES[profile].runtime)
     need_packages(runtime)
-    check_model(qmodel)
+    check_model(qmodel, PROFILES[profile])
     if data is None:
         data, described = _seeded(qmodel.example), f"{SEEDED} random inputs"
     import onnx_ir
@@ -151,11 +151,11 @@ def check_request(path: Path, profile: str, opset: int = OPSET) -> None:
         raise InputError(f"the folder {path.parent} cannot be written to; write somewhere else")
 
 
-def check_model(qmodel: QuantModel) -> None:
-    """Refuse a model that has no integer form.
+def check_model(qmodel: QuantModel, profile: Profile) -> None:
+    """Refuse a model that has no integer form, or none in a profile.
 
     Raises:
-        InputError: it is not float32, takes a list of images, or a site's format does not fit its bits.
+        InputError: it is not float32, takes a list of images, or a site's format does not fit its bits or the profile.
         ExportError: not frozen.
     """
     if not qmodel.frozen:
@@ -170,7 +170,14 @@ def check_model(qmodel: QuantModel) -> None:
         )
     for site in qmodel.sites():
         quantizer = qmodel.quantizers[site]
-        if not isinstance(quantizer, DynamicQuantizer) and not quantizer.exportable:
+        if isinstance(quantizer, DynamicQuantizer):
+            if not profile.dynamic:
+                raise InputError(
+                    f"{site.id}: the format {qmodel.formats[site.id].kind} is dynamic, and {profile.name} rounds its "
+                    f"arithmetic otherwise here and there; use --profile ort or reference, or quantize with a static "
+                    f"format there"
+                )
+        elif not quantizer.exportable:
             raise InputError(
                 f"{site.id}: {quantizer} uses a paper's own arithmetic (parity mode), which does not fit "
                 f"{quantizer.bits}-bit codes; quantize without it (parity=false) to export"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vitq.export.runtime import Products, feeds_of, told_by
+from vitq.export.signed import COLUMNS, ROWS
 
 NAME = "OpenVINO"
 PRODUCTS = frozenset({"FullyConnected", "MatMul", "Convolution", "GroupConvolution", "Deconvolution"})
@@ -54,7 +55,8 @@ class OpenVinoSession:
             self.inputs = [port.get_any_name() for port in model.inputs]
             if batch is not None:
                 model.reshape({name: list(given.shape) for name, given in feeds_of(self.inputs, batch).items()})
-            self.products_of_source = {n.get_friendly_name() for n in model.get_ops() if n.get_type_name() in SOURCE}
+            names = {node.get_friendly_name() for node in model.get_ops() if node.get_type_name() in SOURCE}
+            self.products_of_source = {name for name in names if not name.endswith((ROWS, COLUMNS))}
             self.compiled = core().compile_model(model, "CPU", exact())
 
     def run(self, feeds: dict[str, Any]) -> dict[str, Tensor]:
@@ -74,7 +76,10 @@ class OpenVinoSession:
         for node in self.compiled.get_runtime_model().get_ops():
             about = node.get_rt_info()
             kind = _told(about, "layerType")
-            inside = set(_told(about, "originalLayersNames").split(",")) & self.products_of_source
+            names = _told(about, "originalLayersNames").split(",")
+            inside = set(names) & self.products_of_source
+            if not inside and any(sums in name for name in names for sums in (ROWS, COLUMNS)):
+                continue
             if kind in PRODUCTS:
                 # `runtimePrecision` speaks of operands as they are stored, `primitiveType` of the kernel.
                 (whole if _told(about, "primitiveType").lower().endswith(BYTES) else other)[kind] += 1
@@ -88,7 +93,7 @@ class OpenVinoSession:
 def _in_bytes(fused: Any) -> int:
     """Products of bytes in a fused kernel: two with queries, keys and values in bytes, one with some of them.
 
-    The left operand of a second product is made inside.
+    The left operand of a second product is made inside. What is made bytes inside counts as float: nothing tells.
     """
     given = [_told(port.get_source_output().get_node().get_rt_info(), "outputPrecisions") for port in fused.inputs()]
     return (sum(kind.split(",")[0] in BYTES for kind in given) + 1) // 2

@@ -24,6 +24,7 @@ from vitq.quantizers.base import Quantizer
 MIDDLE = 128  # what makes a signed byte of an unsigned one
 LOW, HIGH = -128, 127
 BYTE = 8
+ROWS, COLUMNS = "sums_of_rows", "sums_of_columns"  # in names of products that are none of the model's
 
 
 # By the value that a product reads: the initializer that its real values are above those of its stored codes, a scalar,
@@ -142,16 +143,27 @@ def _enters_softmax(node: Any) -> bool:
 
 
 def _sums(graph: Any, product: Any, of: Any, axis: int, times: Any) -> Any:
-    """The sums of a value along an axis, kept as one of size 1, times what the other operand lacks."""
-    name = f"{product.name}/{'columns' if axis == -2 else 'rows'}"
+    """The sums of a value along an axis, kept as one of size 1, times what the other operand lacks.
+
+    They are products with ones: OpenVINO 2026.4 reads memory that nobody wrote where a ReduceSum of bytes takes over
+    the zero-point (parity found it).
+    """
+    name = f"{product.name}/{COLUMNS if axis == -2 else ROWS}"
     transpose = of.producer() if of.producer().op_type == "Transpose" else None
-    if transpose is not None:  # which is to remain a part of the product: sum what comes before it
-        order = list(transpose.attributes["perm"].as_ints())
-        of, axis = transpose.inputs[0], order[axis] - len(order)
-    along = initializer(graph, f"axis{axis}", np.array([axis], np.int64))
-    sums = _insert(graph, product, "ReduceSum", [of, along], name)
-    if transpose is not None:
-        sums = _insert(graph, product, "Transpose", [sums], f"{name}_in_order", {"perm": order})
+    back: dict[str, Any] = {}
+    if transpose is not None and (order := list(transpose.attributes["perm"].as_ints()))[axis] == len(order) - 1:
+        # The transposition is to remain a part of the product: sum what comes before it.
+        of, axis, back = transpose.inputs[0], -1, {"perm": order}
+    if axis == -1:
+        stored = initializer(graph, f"ones/{of.shape[-1]}", np.ones((of.shape[-1], 1), np.int8))
+        one = initializer(graph, "one", np.array(1, np.float32))
+        ones = _insert(graph, product, "DequantizeLinear", [stored, one], f"{name}_of")
+        sums = _insert(graph, product, "MatMul", [of, ones], name)
+    else:
+        ones = initializer(graph, f"ones/1,{of.shape[-2]}", np.ones((1, of.shape[-2]), np.float32))
+        sums = _insert(graph, product, "MatMul", [ones, of], name)
+    if back:
+        sums = _insert(graph, product, "Transpose", [sums], f"{name}_in_order", back)
     return _insert(graph, product, "Mul", [sums, times], f"{name}_times_rest")
 
 
