@@ -64,7 +64,7 @@ def test_operands_with_any_zero_points_are_multiplied_in_whole_numbers(
     made = vitq.export_onnx(qmodel, tmp_path / "m.onnx", "openvino", data=x)  # raises where codes differ
     assert made.parity.equal_codes >= ALIKE
     assert made.parity.output_error < 1e-5
-    # Queries with keys are always of bytes; of the second product, nothing tells where a fused kernel makes its operands.
+    # Queries with keys are of bytes. Of the second product, nothing tells where a fused kernel makes its operands.
     assert sum(made.products["whole"].values()) >= 4 + 1
     assert not set(made.products["float"]) & {"FullyConnected", "MatMul"} or not softmax
 

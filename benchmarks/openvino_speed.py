@@ -80,7 +80,7 @@ def rounds(work: dict[str, Callable[[], object]], count: int) -> dict[str, list[
 
 def main() -> int:
     """Entry point."""
-    options = parser(__doc__, "example: python benchmarks/openvino.py --rounds 100")
+    options = parser(__doc__, "example: python benchmarks/openvino_speed.py --rounds 100")
     options.add_argument("--rounds", type=int, default=60, help="at batch 1; a sixth of it at batch 16")
     options.add_argument("--images", type=int, default=64, help="photos that parity is checked on")
     args = options.parse_args()
