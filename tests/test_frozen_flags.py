@@ -189,7 +189,7 @@ DEFAULTS = {
     ("leaderboard", "calib_size"): 32,
     ("leaderboard", "against"): "float",
     ("export", "to"): "onnx",
-    ("export", "profile"): "ort",
+    ("export", "profile"): None,
     ("export", "images"): 64,
     ("train", "recipe"): "gplq",
     ("train", "epochs"): 1,

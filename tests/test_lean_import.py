@@ -6,8 +6,8 @@ import json
 import subprocess
 import sys
 
-HEAVY = {"timm", "torchvision", "transformers", "datasets", "onnx", "onnxscript", "onnxruntime", "matplotlib"}
-HEAVY |= {"jinja2", "PIL", "scipy", "pyarrow", "typer", "rich", "ray", "accelerate", "pydantic"}
+HEAVY = {"timm", "torchvision", "transformers", "datasets", "onnx", "onnxscript", "onnxruntime", "openvino"}
+HEAVY |= {"matplotlib", "jinja2", "PIL", "scipy", "pyarrow", "typer", "rich", "ray", "accelerate", "pydantic"}
 PROBE = """
 import json, sys
 import torch

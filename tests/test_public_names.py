@@ -21,6 +21,7 @@ PUBLIC = [
     "VitqError",
     "__version__",
     "export_onnx",
+    "export_openvino",
     "export_to",
     "load",
     "modifier",

@@ -22,6 +22,7 @@ from vitq.core.target import export_to as export_to
 from vitq.core.training import Training as Training
 from vitq.core.version import __version__ as __version__
 from vitq.export import export_onnx as export_onnx
+from vitq.export import export_openvino as export_openvino
 from vitq.export import transformers_hook as _transformers_hook
 from vitq.pipeline import quantize as quantize
 

@@ -134,6 +134,10 @@ DEPLOYMENTS: tuple[Deployment, ...] = (
         "vitq_ort.onnx", profile="ort", packages=ONNX, device="cpu",
     ),
     Deployment(
+        "vitq_openvino", INTEGER, "int8", "the artifact's files for OpenVINO (profile openvino)", "openvino",
+        "vitq_openvino.xml", profile="openvino", packages=(*ONNX, *OPENVINO), device="cpu",
+    ),
+    Deployment(
         "ort_dynamic", INTEGER, "int8", "ONNX Runtime's quantize_dynamic of the float model", "onnxruntime",
         "ort_dynamic.onnx", (*PREPARED, "ort_dynamic"), packages=ONNX, device="cpu",
     ),

@@ -22,7 +22,8 @@ from vitq.data.preprocess import Preprocess
 from vitq.evaluate.metrics import bootstrap_interval, paired_difference, rounded
 from vitq.evaluate.predictions import UNKNOWN_LABEL, Predictions
 from vitq.export.onnx import export_onnx
-from vitq.export.runtime import count_products
+from vitq.export.openvino_ir import export_openvino
+from vitq.export.runtime import runtime_named
 
 ONNX_FILE = ".onnx"
 CHECKED = 8  # images on which an export is compared with the simulated model
@@ -86,13 +87,19 @@ class Bench:
         return ""
 
     def _finish(self, qmodel: QuantModel, deployment: Deployment) -> None:
-        """Write the file of vitq's own export, and look at what ONNX Runtime makes of a file."""
+        """Write the file of vitq's own export, and look at what its runtime makes of a file."""
         path = self.job.path(deployment.file)
         try:
             if deployment.profile:
-                export_onnx(qmodel, path, deployment.profile, data=self.job.images()[:CHECKED])
-            if deployment.kind == INTEGER and path.suffix == ONNX_FILE:
-                self.whole[deployment.name] = sum(count_products(path.read_bytes())["whole"].values())
+                images = self.job.images()[:CHECKED]
+                if path.suffix == ONNX_FILE:
+                    made = export_onnx(qmodel, path, deployment.profile, data=images)
+                else:
+                    made = export_openvino(qmodel, path, data=images)
+                self.whole[deployment.name] = sum(made.products["whole"].values())
+            elif deployment.kind == INTEGER and path.suffix == ONNX_FILE:
+                found = runtime_named("ort").count_products(path.read_bytes(), None)
+                self.whole[deployment.name] = sum(found["whole"].values())
         except VitqError as error:
             self.stop(deployment.name, f"its file cannot be made: {error}")
 

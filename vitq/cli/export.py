@@ -15,11 +15,14 @@ from vitq.core.errors import InputError, UnknownNameError
 from vitq.core.qmodel import QuantModel
 from vitq.core.target import TARGETS, Request
 from vitq.data.images import open_images
+from vitq.export.lower import PROFILES
 from vitq.export.onnx import Exported, check_request, export_onnx
-from vitq.export.runtime import need_packages
+from vitq.export.openvino_ir import PROFILE as OPENVINO
+from vitq.export.openvino_ir import check_ir_request, export_openvino
+from vitq.export.runtime import need_packages, runtime_named
 
-FORMATS = ("onnx",)  # with profiles of their own; the others are in vitq/export/targets, one file each
-ONNX_PROFILE = "ort"
+# With profiles of their own, and the one that is meant where none is named; the others are in vitq/export/targets.
+FORMATS = {"onnx": "ort", "openvino": OPENVINO}
 FIRST = 3  # products in float that are named
 
 
@@ -31,17 +34,19 @@ def export(
     to: Annotated[
         str,
         typer.Option(
-            help="onnx: a file for ONNX Runtime. hf: a folder for from_pretrained of transformers after `import vitq`. "
-            "compressed-tensors: one that it loads with that package, for uniform formats of linear layers. torch: a "
-            "program of torch.export (.pt2)."
+            help="onnx: a file for ONNX Runtime. openvino: an xml, and a bin beside it. hf: a folder for "
+            "from_pretrained of transformers after `import vitq`. compressed-tensors: one that it loads with that "
+            "package, for uniform formats of linear layers. torch: a program of torch.export (.pt2)."
         ),
     ] = "onnx",
     profile: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="ort: whole numbers next to products, for ONNX Runtime. reference: standard operators in float32."
+            help="ort: whole numbers next to products, for ONNX Runtime. openvino: the same for OpenVINO. "
+            "reference: standard operators in float32.",
+            show_default="ort, or openvino with --to openvino",
         ),
-    ] = ONNX_PROFILE,
+    ] = None,
     data: Annotated[
         str | None,
         typer.Option(help=f"Images to compare on; labels are not needed. Random ones without. {a.DATA_HELP}"),
@@ -53,16 +58,18 @@ def export(
 ) -> None:
     """Write an artifact for another runtime, and run that beside the simulated model before it counts.
 
-    For ONNX, the file is run in ONNX Runtime.
+    For ONNX, the file is run in ONNX Runtime or OpenVINO, as the profile says.
 
     Weights are 4- and 8-bit numbers in the file, the batch size is free. Where every site is given what the simulated
     model has, 99.9 % of the codes must be equal and the rest off by one; then predictions are compared on the whole.
-    If that fails, the first site that differs is named, and a file that was there stays. What ONNX Runtime multiplies
+    If that fails, the first site that differs is named, and a file that was there stays. What the runtime multiplies
     in whole numbers is read from the graph that it makes of the file.
 
         vitq export out/ --out model.onnx --data photos/
 
         vitq export out/ --to onnx --profile reference --out model.onnx --json export.json
+
+        vitq export out/ --to openvino --out model.xml --data photos/
 
         vitq export out/ --to hf --out folder/
     """
@@ -70,13 +77,13 @@ def export(
     check_outputs(json)
     if to not in FORMATS and to not in TARGETS:
         raise UnknownNameError("export target", to, [*FORMATS, *TARGETS])
-    if to in FORMATS:
-        check_request(out, profile)
-        need_packages()
-    elif profile != ONNX_PROFILE:
-        raise InputError(f"--profile is for --to {' and '.join(FORMATS)}; leave it out")
-    else:
+    if to in TARGETS:
+        if profile is not None:
+            raise InputError(f"--profile is for --to {' and '.join(FORMATS)}; leave it out")
         TARGETS[to].check(out)
+    else:
+        profile = profile or FORMATS[to]
+        _check_profile(to, profile, out)
     if not work.is_artifact(target):
         raise InputError(f"{target} is no artifact: quantize or train a model first")
     qmodel = load(target, trust_code=trust_code)
@@ -89,10 +96,29 @@ def export(
             say.result(line)
         write_json(json, {"model": target, "to": to} | written.to_json())
         return
+    assert profile is not None
     say.note(f"exporting {target} for {profile}, then running the file")
-    made = export_onnx(qmodel, out, profile, data=batch, described=described)
+    if to == "openvino":
+        made = export_openvino(qmodel, out, data=batch, described=described)
+    else:
+        made = export_onnx(qmodel, out, profile, data=batch, described=described)
     _tell(made, say)
     write_json(json, {"model": target, "to": to} | made.to_json())
+
+
+def _check_profile(to: str, profile: str, out: Path) -> None:
+    """Refuse what cannot be written, before anything is loaded."""
+    if to != "openvino":
+        check_request(out, profile)
+    elif profile != OPENVINO:
+        raise InputError(f"--to openvino is of the profile {OPENVINO}, not {profile}; leave --profile out")
+    else:
+        check_ir_request(out)
+    need_packages(runtime_named(PROFILES[profile].runtime))
+
+
+def _beside(path: Path) -> str:
+    return f" with {path.with_suffix('.bin').name}" if path.suffix == ".xml" else ""
 
 
 def _images(qmodel: QuantModel, target: str, data: str, count: int) -> tuple[Any, str]:
@@ -105,9 +131,11 @@ def _images(qmodel: QuantModel, target: str, data: str, count: int) -> tuple[Any
 def _tell(made: Exported, say: Say) -> None:
     whole, rest = (sum(made.products[kind].values()) for kind in ("whole", "float"))
     named = ", ".join(f"{count} {name}" for name, count in list(made.products["float"].items())[:FIRST])
-    say.result(f"{made.path}: {made.bytes / 1e6:.2f} MB, ONNX opset {made.opset}, profile {made.profile}")
     say.result(
-        f"ONNX Runtime does {whole} of {whole + rest} matrix products in whole numbers, {rest} in float"
+        f"{made.path}: {made.bytes / 1e6:.2f} MB{_beside(made.path)}, ONNX opset {made.opset}, profile {made.profile}"
+    )
+    say.result(
+        f"{made.runtime} does {whole} of {whole + rest} matrix products in whole numbers, {rest} in float"
         + (f" ({named})" if named else "")
     )
     for note in made.notes:

@@ -7,7 +7,7 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -34,19 +34,33 @@ def write_bytes(path: Path, data: bytes) -> None:
         with path.open("wb") as stream:
             stream.write(data)
         return
-    path = Path(os.path.realpath(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name[:NAME_PART]}.", dir=path.parent)
+    write_together({path: data})
+
+
+def write_together(files: Mapping[Path, bytes]) -> None:
+    """Write files that belong together: all of them lie there whole before the first takes its name, in order.
+
+    Raises:
+        OSError: the old files are then untouched, unless the system failed between two renamings.
+    """
+    ready: dict[str, Path] = {}
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
+        for named, data in files.items():
+            path = Path(os.path.realpath(named))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(prefix=f".{path.name[:NAME_PART]}.", dir=path.parent)
+            ready[name] = path
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(name, 0o666 & ~_umask())
+        for name, path in ready.items():
+            os.replace(name, path)
     except BaseException:
-        with suppress(OSError):
-            os.unlink(name)
+        for name in ready:
+            with suppress(OSError):
+                os.unlink(name)
         raise
 
 

@@ -13,6 +13,8 @@ SITE = "vitq.site"
 USE = "vitq.use"  # the how manieth use of the site in one forward
 PART = "vitq.part"
 ORDER = "vitq.order"  # of the site's dimensions in the node's output, where it is another one
+SHIFT = "vitq.shift"  # what was taken from codes so that they are signed bytes
+REST = "vitq.rest"  # the initializer that values of a shifted weight lack
 CODE, VALUE, WEIGHT = "code", "value", "weight"  # what the node's output is: codes, their values, or a decoded weight
 
 
@@ -29,15 +31,7 @@ class Editor:
 
     def constant(self, name: str, array: np.ndarray[Any, Any]) -> Any:
         """An initializer of the site; one of that name stays what it is."""
-        import onnx_ir as ir
-
-        full = f"{self.site}/{name}"
-        if full not in self.graph.initializers:
-            tensor = ir.tensor(array, name=full)
-            self.graph.register_initializer(
-                ir.Value(name=full, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape))
-            )
-        return self.graph.initializers[full]
+        return initializer(self.graph, f"{self.site}/{name}", array)
 
     def node(
         self,
@@ -93,6 +87,18 @@ class Editor:
         value.shape, value.dtype = old.shape, old.dtype
         ir.convenience.replace_all_uses_with(old, value, replace_graph_outputs=True)
         self.graph.remove(self.marked, safe=True)
+
+
+def initializer(graph: Any, name: str, array: np.ndarray[Any, Any]) -> Any:
+    """An initializer of a graph; one of that name stays what it is."""
+    import onnx_ir as ir
+
+    if name not in graph.initializers:
+        tensor = ir.tensor(array, name=name)
+        graph.register_initializer(
+            ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape))
+        )
+    return graph.initializers[name]
 
 
 def only_consumers(value: Any, kind: str) -> list[Any]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from vitq.export.edit import CODE, ORDER, PART, SITE, USE, WEIGHT
+from vitq.export.edit import CODE, ORDER, PART, REST, SHIFT, SITE, USE, WEIGHT
 
 GIVEN = "given/"  # before the name of a value: what is used in its place
 
@@ -24,6 +24,8 @@ class Shown:
         site, use: whose it is, and in the how manieth use.
         part: CODE, VALUE or WEIGHT.
         order: of the site's dimensions in it, empty for the same one.
+        shift: what was taken from codes to make them signed bytes; None for unsigned ones.
+        rest: the initializer that values of a weight lack, if any.
     """
 
     name: str
@@ -31,6 +33,8 @@ class Shown:
     use: int
     part: str
     order: tuple[int, ...]
+    shift: int | None = None
+    rest: str = ""
 
 
 def shown_values(model: Any) -> list[Shown]:
@@ -42,7 +46,8 @@ def _shown(node: Any) -> Iterator[Shown]:
     noted = {entry.key: entry.value for entry in node.metadata_props}
     if PART in noted:
         order = tuple(int(dim) for dim in noted[ORDER].split(",")) if ORDER in noted else ()
-        yield Shown(node.output[0], noted[SITE], int(noted[USE]), noted[PART], order)
+        shift = int(noted[SHIFT]) if SHIFT in noted else None
+        yield Shown(node.output[0], noted[SITE], int(noted[USE]), noted[PART], order, shift, noted.get(REST, ""))
 
 
 def with_given_sites(model: Any) -> Any:
@@ -58,7 +63,8 @@ def with_given_sites(model: Any) -> Any:
             if name in names:
                 node.input[number] = GIVEN + name
     for shown in sites:
-        kind = onnx.TensorProto.UINT8 if shown.part == CODE else onnx.TensorProto.FLOAT
+        byte = onnx.TensorProto.UINT8 if shown.shift is None else onnx.TensorProto.INT8
+        kind = byte if shown.part == CODE else onnx.TensorProto.FLOAT
         copy.graph.input.append(onnx.helper.make_tensor_value_info(GIVEN + shown.name, kind, _any_shape(model, shown)))
         if shown.name not in {output.name for output in copy.graph.output}:
             copy.graph.output.append(onnx.helper.make_tensor_value_info(shown.name, kind, None))

@@ -1,4 +1,4 @@
-"""export_onnx: a frozen model as one ONNX file that ONNX Runtime was seen to compute the same codes with."""
+"""export_onnx: a frozen model as one ONNX file that its runtime was seen to compute the same codes with."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vitq.core.batches import example_from, first_of, leading_size
+from vitq.core.batches import example_from, first_of, leading_size, split
 from vitq.core.errors import ExportError, InputError, UnknownNameError
 from vitq.core.files import write_bytes
 from vitq.core.qmodel import QuantModel
 from vitq.core.roles import WEIGHT
 from vitq.core.site import Site
-from vitq.export.lower import PROFILES, lower_marks
+from vitq.export.lower import PROFILES, Profile, lower_marks
 from vitq.export.marked import OPSET, to_marked
 from vitq.export.parity import Parity, check_parity
-from vitq.export.runtime import count_products, need_packages
+from vitq.export.runtime import Products, Runtime, need_packages, runtime_named
 from vitq.export.weights import stored_bits
 from vitq.quantizers.dynamic import DynamicQuantizer
 
@@ -28,10 +28,11 @@ class Exported:
     """What was written, and what it was seen to do.
 
     Attributes:
-        path, bytes: of the file.
+        path, bytes: of the file; of an xml file with the bin file beside it.
         profile, opset: what it was written for.
+        runtime: what ran it.
         parity: beside the simulated model.
-        products: of the graph as ONNX Runtime runs it, `whole` and `float`: operator -> how many.
+        products: of the graph as that runtime runs it, `whole` and `float`: operator -> how many.
         notes: what else is worth knowing.
     """
 
@@ -39,8 +40,9 @@ class Exported:
     bytes: int
     profile: str
     opset: int
+    runtime: str
     parity: Parity
-    products: dict[str, dict[str, int]]
+    products: Products
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -50,10 +52,35 @@ class Exported:
             "bytes": self.bytes,
             "profile": self.profile,
             "opset": self.opset,
+            "runtime": self.runtime,
             "parity": self.parity.to_json(),
             "products": self.products,
             "notes": list(self.notes),
         }
+
+
+@dataclass(frozen=True)
+class Checked:
+    """An ONNX file that is not written yet, and that holds.
+
+    Attributes:
+        data: its bytes.
+        batch: inputs that it was run on.
+        runtime: what ran it.
+        parity: what was seen.
+        notes: what else is worth knowing.
+    """
+
+    data: bytes
+    batch: Any
+    runtime: Runtime
+    parity: Parity
+    notes: tuple[str, ...]
+
+    @property
+    def one_input(self) -> Any:
+        """To count products on."""
+        return next(iter(split(self.batch, 1)))
 
 
 def export_onnx(
@@ -65,11 +92,11 @@ def export_onnx(
     opset: int = OPSET,
     described: str = "",
 ) -> Exported:
-    """Write a frozen model as one ONNX file, and check it in ONNX Runtime. A file that was there stays until then.
+    """Write a frozen model as one ONNX file, and check it in its runtime. A file that was there stays until then.
 
     Args:
-        profile: "ort" for ONNX Runtime, whole numbers next to products; "reference" for local functions of standard
-            operators in float32 throughout.
+        profile: "ort" for ONNX Runtime, whole numbers next to products; "openvino" for OpenVINO, the same in signed
+            bytes; "reference" for local functions of standard operators in float32 throughout.
         data: images as the model takes them, to check parity on; random ones of the example's shape without.
         opset: of ONNX; OPSET is the first that can hold the file.
         described: where the images come from, for the report.
@@ -77,14 +104,23 @@ def export_onnx(
     Raises:
         InputError: an unknown profile, an opset too old, a folder that is not there, or a format without levels of its
             own (parity mode of a recipe).
-        MissingExtraError: onnx, onnxscript or onnxruntime is not installed.
+        MissingExtraError: onnx, onnxscript or the profile's runtime is not installed.
         ExportError: not frozen, torch cannot export it, or the file computes something else; there is no file then, or
             the old one.
     """
     path = Path(path)
     check_request(path, profile, opset)
-    need_packages()
-    check_model(qmodel)
+    made = checked(qmodel, profile, data, described)
+    write_bytes(path, made.data)
+    products = made.runtime.count_products(made.data, made.one_input)
+    return Exported(path, len(made.data), profile, OPSET, made.runtime.name, made.parity, products, made.notes)
+
+
+def checked(qmodel: QuantModel, profile: str, data: Any, described: str) -> Checked:
+    """Make the file of a profile and run it beside the simulated model; raises as `export_onnx`."""
+    runtime = runtime_named(PROFILES[profile].runtime)
+    need_packages(runtime)
+    check_model(qmodel, PROFILES[profile])
     if data is None:
         data, described = seeded(qmodel.example), f"{SEEDED} random inputs"
     import onnx_ir
@@ -95,9 +131,8 @@ def export_onnx(
         written = onnx_ir.serde.serialize_model(model).SerializeToString()
     except ValueError as error:
         raise ExportError(f"the model does not fit one ONNX file of 2 GB: {error}") from error
-    parity = check_parity(qmodel, written, data, described or f"{leading_size(data)} images given")
-    write_bytes(path, written)
-    return Exported(path, len(written), profile, OPSET, parity, count_products(written), _notes(qmodel))
+    parity = check_parity(qmodel, written, data, described or f"{leading_size(data)} images given", runtime)
+    return Checked(written, data, runtime, parity, _notes(qmodel))
 
 
 def check_request(path: Path, profile: str, opset: int = OPSET) -> None:
@@ -128,11 +163,11 @@ def check_place(path: Path, such_as: str) -> None:
         raise InputError(f"the folder {path.parent} cannot be written to; write somewhere else")
 
 
-def check_model(qmodel: QuantModel) -> None:
-    """Refuse a model that has no integer form.
+def check_model(qmodel: QuantModel, profile: Profile) -> None:
+    """Refuse a model that has no integer form, or none in a profile.
 
     Raises:
-        InputError: it is not float32, takes a list of images, or a site's format does not fit its bits.
+        InputError: it is not float32, takes a list of images, or a site's format does not fit its bits or the profile.
         ExportError: not frozen.
     """
     if not qmodel.frozen:
@@ -147,7 +182,14 @@ def check_model(qmodel: QuantModel) -> None:
         )
     for site in qmodel.sites():
         quantizer = qmodel.quantizers[site]
-        if not isinstance(quantizer, DynamicQuantizer) and not quantizer.exportable:
+        if isinstance(quantizer, DynamicQuantizer):
+            if not profile.dynamic:
+                raise InputError(
+                    f"{site.id}: the format {qmodel.formats[site.id].kind} is dynamic, and {profile.name} rounds its "
+                    f"arithmetic otherwise here and there; use --profile ort or reference, or quantize with a static "
+                    f"format there"
+                )
+        elif not quantizer.exportable:
             raise InputError(
                 f"{site.id}: {quantizer} uses a paper's own arithmetic (parity mode), which does not fit "
                 f"{quantizer.bits}-bit codes; quantize without it (parity=false) to export"

@@ -27,10 +27,11 @@ from vitq.core.qmodel import QuantModel
 from vitq.export.compare import AtSite, Steps, disturbed, simulated
 from vitq.export.edit import CODE, WEIGHT
 from vitq.export.forced import GIVEN, Shown, shown_values, weights_alone, with_given_sites
-from vitq.export.runtime import Session, feeds_of
+from vitq.export.runtime import Runtime, feeds_of
 
 ALIKE = 0.999  # of a site's codes; of a few codes, one may differ all the same
 OUTPUT = 1e-4  # of the largest output, where everything before the last product is given
+SUM = 2.0**-22  # of what is added: four roundings
 NOISE = 1e-6
 DRAWS = 2  # of each noise
 SURE = 0.01
@@ -105,13 +106,14 @@ class Parity:
         )
 
 
-def check_parity(qmodel: QuantModel, data: bytes, batch: Any, described: str) -> Parity:
+def check_parity(qmodel: QuantModel, data: bytes, batch: Any, described: str, runtime: Runtime) -> Parity:
     """Run a file beside the simulated model.
 
     Args:
         data: the file's bytes.
         batch: inputs of the model, as one batch.
         described: where they come from.
+        runtime: what runs it.
 
     Raises:
         ExportError: it computes something else; names the first site that differs.
@@ -119,8 +121,8 @@ def check_parity(qmodel: QuantModel, data: bytes, batch: Any, described: str) ->
     import onnx
 
     model = onnx.load_from_string(data)
-    _check_weights(qmodel, model)
-    sites, error = _teacher_forced(qmodel, model, batch)
+    _check_weights(qmodel, model, runtime)
+    sites, error = _teacher_forced(qmodel, model, batch, runtime)
     wrong = next((site for site in sites if not site.holds), None)
     if wrong is not None:
         raise ExportError(
@@ -133,32 +135,49 @@ def check_parity(qmodel: QuantModel, data: bytes, batch: Any, described: str) ->
             f"the output of the exported model is {error:.1e} of its magnitude from that of the simulated one behind "
             f"the last site, {sites[-1].site if sites else 'none'}, with equal codes before it. No file was written"
         )
-    return _end_to_end(qmodel, data, batch, sites, error, described)
+    return _end_to_end(qmodel, data, batch, sites, error, described, runtime)
 
 
 def _told(farthest: int) -> str:
     return f"{farthest} levels" if farthest < 2**15 else "more than there are levels"
 
 
-def _check_weights(qmodel: QuantModel, model: Any) -> None:
+def _check_weights(qmodel: QuantModel, model: Any, runtime: Runtime) -> None:
     shown = {value.name: value for value in shown_values(model) if value.part == WEIGHT}
     if not shown:
         return
-    for name, values in Session(weights_alone(model).SerializeToString(), plain=True).run({}).items():
+    for name, values in runtime.session(weights_alone(model).SerializeToString(), plain=True).run({}).items():
         weight = qmodel.weight(shown[name].site)
-        if weight is None or not torch.equal(_in_order(weight.detach().cpu(), shown[name]), values):
+        if weight is None or not _same_weight(
+            model, shown[name], _in_order(weight.detach().cpu(), shown[name]), values
+        ):
             raise ExportError(
                 f"the exported weight at {shown[name].site} is not that of the simulated model. No file was written"
             )
+
+
+def _same_weight(model: Any, shown: Shown, weight: Tensor, values: Tensor) -> bool:
+    """To the bit; to the rounding of a sum where a part of each output channel is added behind the product."""
+    if not shown.rest:
+        return torch.equal(weight, values)
+    import onnx
+
+    (found,) = (given for given in model.graph.initializer if given.name == shown.rest)
+    rest = torch.from_numpy(onnx.numpy_helper.to_array(found).copy())
+    if rest.ndim and rest.shape[0] != values.shape[-1]:
+        rest = rest[:, None]  # of a Gemm, whose weight is not transposed
+    return bool(((values + rest - weight).abs() <= SUM * (values.abs() + rest.abs())).all())
 
 
 def _in_order(values: Tensor, shown: Shown) -> Tensor:
     return values.permute(shown.order) if shown.order else values
 
 
-def _teacher_forced(qmodel: QuantModel, model: Any, batch: Any) -> tuple[tuple[SiteParity, ...], float]:
+def _teacher_forced(
+    qmodel: QuantModel, model: Any, batch: Any, runtime: Runtime
+) -> tuple[tuple[SiteParity, ...], float]:
     shown = [value for value in shown_values(model) if value.part != WEIGHT]
-    session = Session(with_given_sites(model).SerializeToString())
+    session = runtime.session(with_given_sites(model).SerializeToString())
     found = {(value.site, value.use): _Counted() for value in shown}
     error, steps = 0.0, Steps()
     for part in islice(split(batch, 1), TEACHERS):
@@ -189,13 +208,18 @@ class _Counted:
 
 def _taught(teacher: Mapping[tuple[str, int], AtSite], shown: Shown) -> Tensor:
     at = teacher[(shown.site, shown.use)]
-    chosen = at.codes if shown.part == CODE and at.codes is not None else at.values
-    return _in_order(chosen, shown)
+    return _codes(at.codes, shown) if shown.part == CODE and at.codes is not None else _in_order(at.values, shown)
+
+
+def _codes(codes: Tensor, shown: Shown) -> Tensor:
+    """As the file has them."""
+    ordered = _in_order(codes, shown)
+    return ordered if shown.shift is None else (ordered.int() - shown.shift).to(torch.int8)
 
 
 def _apart(at: AtSite, shown: Shown, got: Tensor, steps: Steps) -> Tensor:
     if shown.part == CODE and at.codes is not None:
-        return (got.int() - _in_order(at.codes, shown).int()).abs()
+        return (got.int() - _codes(at.codes, shown).int()).abs()
     return steps.apart(at, got)
 
 
@@ -209,11 +233,17 @@ def _output_error(got: Mapping[str, Tensor], output: Any) -> float:
 
 
 def _end_to_end(
-    qmodel: QuantModel, data: bytes, batch: Any, sites: tuple[SiteParity, ...], error: float, described: str
+    qmodel: QuantModel,
+    data: bytes,
+    batch: Any,
+    sites: tuple[SiteParity, ...],
+    error: float,
+    described: str,
+    runtime: Runtime,
 ) -> Parity:
     from scipy.stats import fisher_exact
 
-    session = Session(data)
+    session = runtime.session(data)
     agree = noisy = image_noise = images = 0
     draw = torch.Generator().manual_seed(0)
     for part in split(batch, BATCH):

@@ -22,15 +22,19 @@ def is_mark(value: Any) -> bool:
     return node is not None and node.domain == DOMAIN
 
 
-def enters_float(marked: Any) -> bool:
-    """Whether a convolution, or a product of two dimensions, reads a mark.
+def enters_float(marked: Any, flat: bool = False) -> bool:
+    """Whether a product reads a mark for which the runtime has no kernel that takes bytes and gives floats.
 
-    ONNX Runtime has no kernel that takes bytes there and gives floats. Between a DequantizeLinear and a QuantizeLinear
-    it would round the weight once more, and the bias with it.
+    So it is with convolutions. ONNX Runtime has none for products of two dimensions, either: between a DequantizeLinear
+    and a QuantizeLinear it would round the weight once more, and the bias with it.
+
+    Args:
+        flat: products of two dimensions have such a kernel.
     """
     readers = [use.node for use in marked.outputs[0].uses()]
     return any(
-        node.op_type in ("Gemm", "Conv", "ConvTranspose") or (node.op_type == "MatMul" and _ndim(node) < 3)
+        node.op_type in ("Conv", "ConvTranspose")
+        or (not flat and (node.op_type == "Gemm" or (node.op_type == "MatMul" and _ndim(node) < 3)))
         for node in readers
     )
 
@@ -40,15 +44,16 @@ def _ndim(node: Any) -> int:
     return max((len(shape) for shape in shapes if shape is not None), default=0)
 
 
-def takes_whole_numbers(marked: Any, fits: Callable[[Any], bool]) -> bool:
+def takes_whole_numbers(marked: Any, fits: Callable[[Any], bool], flat: bool = False) -> bool:
     """Whether every product that a marked weight enters is a MatMul with a mark on the left that fits.
 
     Args:
         fits: whether the codes of a mark can be taken as they are.
+        flat: a Gemm will do, too.
     """
     value = marked.outputs[0]
     ends = [node.outputs[0] for node in only_consumers(value, "Transpose")] or [value]
-    products = [only_consumers(end, "MatMul") for end in ends]
+    products = [only_consumers(end, "MatMul") or (only_consumers(end, "Gemm") if flat else []) for end in ends]
     return all(products) and all(
         node.inputs[1] is end and is_mark(node.inputs[0]) and fits(node.inputs[0])
         for end, nodes in zip(ends, products, strict=True)
@@ -56,11 +61,19 @@ def takes_whole_numbers(marked: Any, fits: Callable[[Any], bool]) -> bool:
     )
 
 
-def fold_factor(graph: Any, dequantize: Any, name: str) -> None:
+def dequantized(value: Any) -> Any:
+    """The DequantizeLinear that a value comes from, itself or transposed, if any."""
+    node = value.producer()
+    if node is not None and node.op_type == "Transpose" and len(list(node.inputs[0].uses())) == 1:
+        node = node.inputs[0].producer()
+    return node if node is not None and node.op_type == "DequantizeLinear" else None
+
+
+def fold_factor(graph: Any, value: Any, name: str) -> None:
     """Make the one constant factor that a dequantized value is multiplied with a part of its scale."""
     import onnx_ir as ir
 
-    value = dequantize.outputs[0]
+    dequantize = dequantized(value)
     nodes = only_consumers(value, "Mul")
     if len(nodes) != 1 or nodes[0].inputs[0] is nodes[0].inputs[1]:
         return

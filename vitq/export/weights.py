@@ -2,6 +2,10 @@
 
 Two to four bits take four, five to eight take eight. Where products are of whole numbers, codes and zero-points are
 shifted so that they fit a signed type: value = scale * (stored - (zero_point - half)), half = 2**(width - 1).
+
+Where a runtime wants zero at zero (signed.py), value = scale * stored + rest. Codes of fewer than eight bits less their
+zero-point are signed bytes as they are, and the rest is none. Of eight bits, that is so for channels with zero in the
+middle; the others are shifted by 128, and their rest is added behind the product.
 """
 
 from __future__ import annotations
@@ -11,7 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from vitq.export.edit import WEIGHT, Editor
+from vitq.export.edit import REST, WEIGHT, Editor
+from vitq.export.signed import HIGH, LOW, MIDDLE, Rests
 from vitq.export.tables import tables_of
 from vitq.quantizers.base import Quantizer
 
@@ -23,23 +28,33 @@ def stored_bits(bits: int) -> int:
     return NARROW if bits <= NARROW else WIDE if bits <= WIDE else 32
 
 
-def put_weight(edit: Editor, quantizer: Quantizer, weight: torch.Tensor, whole: bool) -> None:
+def put_weight(edit: Editor, quantizer: Quantizer, weight: torch.Tensor, whole: bool, *, signed: bool = False) -> Rests:
     """Replace the mark at a weight by its codes.
 
     Args:
         weight: decoded values.
         whole: its products are of whole numbers, so that a DequantizeLinear of bytes is wanted. Beside a float operand
             it is not: ONNX Runtime would round that operand to a byte, too (its MatMulNBits).
+        signed: of bytes with zero at zero.
+
+    Returns:
+        What values in the file lack, for `add_rests`.
     """
     width = stored_bits(quantizer.bits)
     codes = quantizer.encode(weight).cpu()
     order = list(edit.take_transposes())
+    whole = whole and quantizer.affine and not quantizer.layout.group and _zero_points_fit(quantizer, width)
+    rest = None
     if width > WIDE:
-        edit.replace(edit.constant("values", weight.permute(order).contiguous().cpu().numpy()))
-    elif whole and quantizer.affine and not quantizer.layout.group and _zero_points_fit(quantizer, width):
-        edit.replace(_of_bytes(edit, quantizer, codes, width, order))
+        value = edit.constant("values", weight.permute(order).contiguous().cpu().numpy())
+    elif whole and signed and _per_output(edit, quantizer, codes.ndim, order):
+        value, rest = _of_signed_bytes(edit, quantizer, codes, width, order)
+    elif whole and not signed:
+        value = _of_bytes(edit, quantizer, codes, width, order)
     else:
-        edit.replace(_in_float(edit, quantizer, codes, width, order))
+        value = _in_float(edit, quantizer, codes, width, order)
+    edit.replace(value)
+    return {} if rest is None else {value: rest}
 
 
 def _zero_points_fit(quantizer: Quantizer, width: int) -> bool:
@@ -71,6 +86,64 @@ def _of_bytes(edit: Editor, quantizer: Quantizer, codes: torch.Tensor, width: in
     if bool(zero_point.any()):
         inputs.append(edit.constant("zero_point", np.asarray(zero_point).astype(kind)))
     return edit.node("DequantizeLinear", inputs, attributes, part=WEIGHT)
+
+
+def _of_signed_bytes(
+    edit: Editor, quantizer: Quantizer, codes: torch.Tensor, width: int, order: list[int]
+) -> tuple[Any, Any]:
+    """A DequantizeLinear of bytes without a zero-point, and what its values lack, per output channel, or None."""
+    import ml_dtypes
+
+    zero_point, scale = (quantizer.params()[name].detach().cpu() for name in ("zero_point", "scale"))
+    shift = shift_of_weight(quantizer, codes)
+    attributes: dict[str, Any] = {}
+    if quantizer.layout.keep:
+        attributes["axis"] = order.index(codes.ndim + quantizer.layout.keep[0])
+    flat = scale.flatten().numpy() if quantizer.layout.keep else scale.flatten().numpy()[0]
+    if width == NARROW:
+        import onnx_ir as ir
+
+        stored = edit.constant(
+            "codes", codes.permute(order).contiguous().to(torch.uint8).numpy().astype(ml_dtypes.uint4)
+        )
+        whole = edit.node("Cast", [stored], {"to": int(ir.DataType.INT8)})
+        shifts = shift.reshape((1,) * (codes.ndim - shift.ndim) + shift.shape).permute(order)
+        value = edit.node("Sub", [whole, edit.constant("shift", shifts.to(torch.int8).contiguous().numpy())])
+    else:
+        value = edit.constant("codes", (codes - shift).permute(order).contiguous().to(torch.int8).numpy())
+    value = edit.node("DequantizeLinear", [value, edit.constant("scale", flat)], attributes, part=WEIGHT)
+    if torch.equal(shift, zero_point.to(shift)):
+        return value, None
+    rest = edit.constant("rest", ((shift - zero_point) * scale).flatten().float().numpy())
+    value.producer().metadata_props[REST] = rest.name
+    return value, rest
+
+
+def _per_output(edit: Editor, quantizer: Quantizer, ndim: int, order: list[int]) -> bool:
+    """Whether there is one scale, or one for each column of the product."""
+    if not quantizer.layout.keep:
+        return True
+    axis = order.index(ndim + quantizer.layout.keep[0])
+    return all(axis == columns_of(use.node, ndim) for use in edit.marked.outputs[0].uses())
+
+
+def columns_of(product: Any, ndim: int) -> int:
+    """The axis of a product's weight that makes its columns, or the channels of a convolution."""
+    if product.op_type == "Gemm":
+        transposed = "transB" in product.attributes and product.attributes["transB"].as_int()
+        return 0 if transposed else 1
+    return 0 if product.op_type == "Conv" else ndim - 1
+
+
+def shift_of_weight(quantizer: Quantizer, codes: torch.Tensor) -> torch.Tensor:
+    """What is taken from codes (…, O, I) so that they are signed bytes, int16 in the shape of the zero-point."""
+    zero_point = quantizer.params()["zero_point"].detach().cpu().to(torch.int16)
+    steps = codes.cpu().to(torch.int16) - zero_point
+    fits = (steps >= LOW) & (steps <= HIGH)
+    kept = [d % codes.ndim for d in quantizer.layout.keep] if zero_point.ndim else []
+    others = [d for d in range(codes.ndim) if d not in kept]
+    fits = fits.all(dim=tuple(others), keepdim=True).reshape(zero_point.shape) if others else fits
+    return torch.where(fits, zero_point, MIDDLE)
 
 
 def _symmetric(quantizer: Quantizer) -> bool:

@@ -17,6 +17,7 @@ def not_exported(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("the export was begun")
 
     monkeypatch.setattr(vitq.cli.export, "export_onnx", reached)
+    monkeypatch.setattr(vitq.cli.export, "export_openvino", reached)
 
 
 def test_a_file_is_written_and_its_parity_told(run: Run, artifact: Path, photos: Path, tmp_path: Path) -> None:
@@ -33,11 +34,29 @@ def test_a_file_is_written_and_its_parity_told(run: Run, artifact: Path, photos:
     assert f"{parity['agree']} of 6 predictions" in answer.out
 
 
+def test_openvinos_own_files_are_written(run: Run, artifact: Path, photos: Path, tmp_path: Path) -> None:
+    pytest.importorskip("openvino", reason="the extra openvino is not installed")
+    out = tmp_path / "ov" / "m.xml"
+    out.parent.mkdir()
+    answer = run(
+        "export", artifact, "--to", "openvino", "--out", out, "--data", photos / "eval", "--images", 6, json_file=True
+    )
+    assert answer.code == 0, answer.err
+    assert sorted(file.name for file in out.parent.iterdir()) == ["m.bin", "m.xml"]
+    assert answer.json["bytes"] == sum(file.stat().st_size for file in out.parent.iterdir())
+    assert (answer.json["to"], answer.json["profile"], answer.json["runtime"]) == ("openvino", "openvino", "OpenVINO")
+    whole = sum(answer.json["products"]["whole"].values())
+    assert whole
+    assert f"OpenVINO does {whole} of" in answer.out
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
         (["--out", "m.onnx", "--profile", "tensorrt"], "unknown export profile"),
         (["--out", "m.onnx", "--to", "onx"], "Did you mean 'onnx'"),
+        (["--out", "m.onnx", "--to", "openvino"], "m.xml"),
+        (["--out", "m.xml", "--to", "openvino", "--profile", "ort"], "leave --profile out"),
         (["--out", "missing/m.onnx"], "does not exist"),
         (["--out", "."], "is a folder"),
         (["--out", "m.onnx", "--data", "nowhere"], "nowhere"),

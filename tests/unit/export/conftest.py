@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,8 @@ from vitq.export.edit import Editor
 from vitq.export.lower import PROFILES
 from vitq.export.marked import DOMAIN, OPSET
 from vitq.export.onnx import Exported, export_onnx
-from vitq.export.runtime import Session
+from vitq.export.parity import Parity, check_parity
+from vitq.export.runtime import runtime_named
 from vitq.export.sites import fits_bytes, put_activation
 from vitq.export.tables import Functions
 from vitq.export.weights import put_weight
@@ -42,13 +44,13 @@ def one_mark(shape: tuple[int, ...], weight: np.ndarray[Any, Any] | None = None)
     return ir.Model(graph, ir_version=10)
 
 
-def run_alone(model: Any, feeds: dict[str, Any]) -> Tensor:
+def run_alone(model: Any, feeds: dict[str, Any], profile: str = "ort") -> Tensor:
     import onnx
     import onnx_ir as ir
 
     proto = ir.serde.serialize_model(model)
     onnx.checker.check_model(proto, full_check=True)
-    (value,) = Session(proto.SerializeToString()).run(feeds).values()
+    (value,) = runtime_named(PROFILES[profile].runtime).session(proto.SerializeToString()).run(feeds).values()
     return value
 
 
@@ -92,6 +94,11 @@ class Small:
     def data(self) -> bytes:
         return self.made.path.read_bytes()
 
+    def check(self, data: bytes) -> Parity:
+        """Parity of a file, in the runtime of the profile that the small one is of."""
+        runtime = runtime_named(PROFILES[self.made.profile].runtime)
+        return check_parity(self.qmodel, data, self.images, "these", runtime)
+
 
 def small_model() -> Any:
     """zoo:seeded_vit with one block."""
@@ -101,10 +108,30 @@ def small_model() -> Any:
 
 
 @pytest.fixture(scope="session")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
-    """One block, log formats and folded channels, w4a4."""
-    images = seeded_images(8)
-    qmodel = vitq.quantize(small_model(), "repq_vit", "w4a4", images)
-    with torch.random.fork_rng():
-        made = export_onnx(qmodel, tmp_path_factory.mktemp("small") / "m.onnx", data=images, described="seeded images")
-    return Small(qmodel, images, made)
+def small_for(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Small]:
+    """profile -> one block, log formats and folded channels, w4a4."""
+
+    @cache
+    def make(profile: str) -> Small:
+        if profile == "openvino":
+            pytest.importorskip("openvino")
+        images = seeded_images(8)
+        qmodel = vitq.quantize(small_model(), "repq_vit", "w4a4", images)
+        file = tmp_path_factory.mktemp("small") / "m.onnx"
+        with torch.random.fork_rng():
+            made = export_onnx(qmodel, file, profile, data=images, described="seeded images")
+        return Small(qmodel, images, made)
+
+    return make
+
+
+@pytest.fixture
+def small(small_for: Callable[[str], Small]) -> Small:
+    """For ONNX Runtime."""
+    return small_for("ort")
+
+
+@pytest.fixture(params=["ort", "openvino"])
+def either(request: pytest.FixtureRequest, small_for: Callable[[str], Small]) -> Small:
+    """For each runtime."""
+    return small_for(request.param)

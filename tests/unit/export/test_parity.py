@@ -14,7 +14,7 @@ from vitq.export import onnx as export_module
 from vitq.export.compare import FAR, AtSite, Steps
 from vitq.export.forced import shown_values
 from vitq.export.onnx import export_onnx
-from vitq.export.parity import check_parity, predictions
+from vitq.export.parity import predictions
 from vitq.quantizers.log import Log2Quantizer
 from vitq.quantizers.twin_uniform import TwinSoftmaxQuantizer
 
@@ -35,11 +35,11 @@ def broken(data: bytes, name: str, change: Callable[[Any], Any]) -> bytes:
     return model.SerializeToString()
 
 
-def test_the_file_as_it_is_holds(small: Small) -> None:
-    parity = check_parity(small.qmodel, small.data, small.images, "these")
+def test_the_file_as_it_is_holds(either: Small) -> None:
+    parity = either.check(either.data)
     assert all(site.holds for site in parity.sites)
     assert (parity.images, parity.data) == (8, "these")
-    activations = [s for s in small.qmodel.sites() if not small.qmodel.quantizers[s].baked]
+    activations = [s for s in either.qmodel.sites() if not either.qmodel.quantizers[s].baked]
     assert sorted(site.site for site in parity.sites) == sorted(site.id for site in activations), "every site"
     assert parity.sites[0].site == "patch_embed.proj:conv0.input", "in the order of execution"
     assert sum(site.codes for site in parity.sites) == 8 * sum(torch.Size(s.shape).numel() for s in activations)
@@ -47,50 +47,50 @@ def test_the_file_as_it_is_holds(small: Small) -> None:
 
 @pytest.mark.parametrize("site", [QKV, PROJ, FC2])
 @pytest.mark.parametrize("factor", [1.02, 0.5])
-def test_a_changed_scale_names_its_site(small: Small, site: str, factor: float) -> None:
-    data = broken(small.data, f"{site}/scale", lambda scale: scale * np.float32(factor))
+def test_a_changed_scale_names_its_site(either: Small, site: str, factor: float) -> None:
+    data = broken(either.data, f"{site}/scale", lambda scale: scale * np.float32(factor))
     with pytest.raises(ExportError, match=f"first at {site}"):
-        check_parity(small.qmodel, data, small.images, "")
+        either.check(data)
 
 
-def test_a_changed_zero_point_names_its_site(small: Small) -> None:
-    data = broken(small.data, f"{FC2}/zero_point", lambda zero_point: zero_point + 1)
+def test_a_changed_zero_point_names_its_site(either: Small) -> None:
+    data = broken(either.data, f"{FC2}/zero_point", lambda zero_point: zero_point + 1)
     with pytest.raises(ExportError, match=f"first at {FC2}"):
-        check_parity(small.qmodel, data, small.images, "")
+        either.check(data)
 
 
-def test_a_changed_threshold_names_its_site(small: Small) -> None:
-    data = broken(small.data, f"{SOFTMAX}/thresholds", lambda x: x * np.float32(1.05))
+def test_a_changed_threshold_names_its_site(either: Small) -> None:
+    data = broken(either.data, f"{SOFTMAX}/thresholds", lambda x: x * np.float32(1.05))
     with pytest.raises(ExportError, match=f"first at {SOFTMAX}"):
-        check_parity(small.qmodel, data, small.images, "")
+        either.check(data)
 
 
-def test_a_level_that_is_none_names_its_site(small: Small) -> None:
-    data = broken(small.data, f"{SOFTMAX}/levels", lambda x: x * np.float32(1.0001))
+def test_a_level_that_is_none_names_its_site(either: Small) -> None:
+    data = broken(either.data, f"{SOFTMAX}/levels", lambda x: x * np.float32(1.0001))
     with pytest.raises(ExportError, match=rf"first at {SOFTMAX}.*more than there are levels"):
-        check_parity(small.qmodel, data, small.images, "")
+        either.check(data)
 
 
 @pytest.mark.parametrize("part", ["codes", "scale"])
-def test_a_changed_weight_is_named(small: Small, part: str) -> None:
+def test_a_changed_weight_is_named(either: Small, part: str) -> None:
     def change(x: Any) -> Any:
         x.flat[0] = x.flat[0] * 2 if part == "scale" else (0 if x.flat[0] else 1)
         return x
 
     with pytest.raises(ExportError, match=f"weight at {FC1_WEIGHT}"):
-        check_parity(small.qmodel, broken(small.data, f"{FC1_WEIGHT}/{part}", change), small.images, "")
+        either.check(broken(either.data, f"{FC1_WEIGHT}/{part}", change))
 
 
-def test_a_changed_bias_shows_at_the_next_site(small: Small) -> None:
-    data = broken(small.data, "blocks.0.mlp.fc1.bias", lambda bias: bias + 0.2)
+def test_a_changed_bias_shows_at_the_next_site(either: Small) -> None:
+    data = broken(either.data, "blocks.0.mlp.fc1.bias", lambda bias: bias + 0.2)
     with pytest.raises(ExportError, match=f"first at {FC2}"):
-        check_parity(small.qmodel, data, small.images, "")
+        either.check(data)
 
 
-def test_a_change_behind_the_last_site_shows_in_the_output(small: Small) -> None:
-    data = broken(small.data, "head.bias", lambda bias: bias + 0.01)
+def test_a_change_behind_the_last_site_shows_in_the_output(either: Small) -> None:
+    data = broken(either.data, "head.bias", lambda bias: bias + 0.01)
     with pytest.raises(ExportError, match=r"output .* behind the last site, head:linear0.input"):
-        check_parity(small.qmodel, data, small.images, "")
+        either.check(data)
 
 
 def test_a_failed_export_leaves_the_old_file(small: Small, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,13 +111,13 @@ def test_a_failed_export_leaves_the_old_file(small: Small, tmp_path: Any, monkey
     assert [file.name for file in tmp_path.iterdir()] == ["m.onnx"]
 
 
-def test_a_file_that_does_not_run_is_one_line(small: Small) -> None:
+def test_a_file_that_does_not_run_is_one_line(either: Small) -> None:
     import onnx
 
-    model = onnx.load_from_string(small.data)
+    model = onnx.load_from_string(either.data)
     model.graph.node[-1].op_type = "NoSuchOperator"
-    with pytest.raises(ExportError, match="ONNX Runtime cannot run"):
-        check_parity(small.qmodel, model.SerializeToString(), small.images, "")
+    with pytest.raises(ExportError, match=f"{either.made.runtime} cannot run"):
+        either.check(model.SerializeToString())
 
 
 def test_every_mark_of_a_site_says_whose_it_is(small: Small) -> None:

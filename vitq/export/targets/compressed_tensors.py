@@ -25,6 +25,7 @@ from vitq.data.families_hf import hf_source, quiet
 from vitq.data.source import build_model
 from vitq.export.hf import config_of, named, processor_files
 from vitq.export.linear_schemes import LinearScheme, linear_schemes
+from vitq.export.lower import PROFILES
 from vitq.export.onnx import check_model
 from vitq.export.same import Sample, outputs_of
 
@@ -45,7 +46,7 @@ class CompressedTensors(Target):
 
     def write(self, qmodel: QuantModel, request: Request) -> Written:
         """Decompressed by the package, weights must be equal to the bit; inputs in 99.9 % of their codes."""
-        check_model(qmodel)
+        check_model(qmodel, PROFILES["reference"])
         source = named(qmodel)
         schemes, decoded = linear_schemes(qmodel)
         sample = Sample.of(qmodel, request)
