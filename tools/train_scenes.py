@@ -15,9 +15,10 @@ import json
 import sys
 import tempfile
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
+from itertools import accumulate, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from vitq.data.coco import open_coco
 from vitq.data.native import PhotoInput, photo_input
 from vitq.data.semantic import open_semantic
 from vitq.data.zoo.fashion import CLASSES
-from vitq.data.zoo.scene_models import scene_maskrcnn, scene_segformer
+from vitq.data.zoo.scene_models import SEGFORMER_DEPTHS, scene_maskrcnn, scene_segformer
 from vitq.data.zoo.scenes import MOST, SIZE, Scene, Scenes, scene_set, write_scenes
 from vitq.evaluate.detect import evaluate_detectors
 from vitq.evaluate.finders import Finder, Segmenter, category_ids
@@ -55,6 +56,8 @@ class Part:
         size: of a scene, in pixels.
         most: items of a scene.
         again: rates rise and fall once more from here on, up to this share of the peak; None goes on as before.
+        depths: blocks of the stages from here on: new ones pass on what they are given, to begin with. None leaves
+            the model as it is. Needs `again`, as the optimizers begin anew.
     """
 
     scenes: int
@@ -62,6 +65,7 @@ class Part:
     size: int = SIZE
     most: int = MOST
     again: float | None = None
+    depths: tuple[int, ...] | None = None
 
     @property
     def steps(self) -> int:
@@ -74,14 +78,14 @@ class Job:
     """How a model is trained.
 
     Attributes:
-        build: it, with fresh weights.
+        build: it, with fresh weights; given `depths` if a part does.
         loss: (model, scenes, how it takes photos) -> what is made small.
         rate: the peak, of AdamW.
         parts: one after the other.
         matrix_rate: the peak for the weights of linear layers, of Muon; None for AdamW there, too.
     """
 
-    build: Callable[[], nn.Module]
+    build: Callable[..., nn.Module]
     loss: Callable[[nn.Module, list[Scene], PhotoInput], Tensor]
     rate: float
     parts: tuple[Part, ...]
@@ -115,10 +119,10 @@ def detection_loss(model: nn.Module, scenes: list[Scene], inputs: PhotoInput) ->
 
 
 def segmentation_loss(model: nn.Module, scenes: list[Scene], inputs: PhotoInput) -> Tensor:
-    """Cross-entropy of every other pixel of every other row."""
+    """Cross-entropy of every pixel."""
     pixels = np.stack([scene.image for scene in scenes]).astype(np.float32) / 255
     normal = (torch.from_numpy(pixels) - torch.tensor(inputs.mean)) / torch.tensor(inputs.std)
-    classes = torch.from_numpy(np.stack([scene.classes for scene in scenes])[:, 1::2, 1::2]).long()
+    classes = torch.from_numpy(np.stack([scene.classes for scene in scenes])).long()
     logits = model(pixel_values=normal.permute(0, 3, 1, 2)).logits
     logits = F.interpolate(logits, classes.shape[-2:], mode="bilinear", align_corners=False)
     return F.cross_entropy(logits, classes)
@@ -127,20 +131,26 @@ def segmentation_loss(model: nn.Module, scenes: list[Scene], inputs: PhotoInput)
 def train(job: Job, items: Any, seed: int, path: Path) -> nn.Module:
     """The trained model, in eval mode. Checkpoints along the way make a second start go on there."""
     torch.manual_seed(seed)
-    model = job.build()
+    ends = list(accumulate(part.steps for part in job.parts))
+    run, first, steps = {"parts": repr(job.parts), "seed": seed}, 0, ends[-1]
+    state = torch.load(path, weights_only=True) if path.is_file() else None
+    if state is not None and state["run"] == run:
+        first = state["step"]
+        say(f"going on after step {first}")
+    # The last step's part: the one that follows may have more blocks, which it adds itself.
+    model = built(job, bisect_right(ends, max(first - 1, 0)))
     inputs, optimizers = prepared(model), job.optimizers(model)
-    run, first, steps = {"parts": repr(job.parts), "seed": seed}, 0, sum(part.steps for part in job.parts)
-    if path.is_file():
-        state = torch.load(path, weights_only=True)
-        if state["run"] == run:
-            model.load_state_dict(state["model"])
-            for (optimizer, _), kept in zip(optimizers, state["optimizers"], strict=True):
-                optimizer.load_state_dict(kept)
-            first = state["step"]
-            say(f"going on after step {first}")
+    if first and state is not None:
+        model.load_state_dict(state["model"])
+        for (optimizer, _), kept in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(kept)
     start, total, since = time.perf_counter(), 0.0, 0
     for step, batch in enumerate(batches(job.parts, items, seed, first), first):
         torch.manual_seed(seed + step)  # which regions are looked at; so that a second start draws the same
+        number = bisect_right(ends, step)
+        if number and step == ends[number - 1] and job.parts[number].depths is not None:
+            model = grown(model, built(job, number))
+            optimizers = job.optimizers(model)
         for optimizer, peak in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = scheduled(job.parts, step, peak)
@@ -160,6 +170,22 @@ def train(job: Job, items: Any, seed: int, path: Path) -> nn.Module:
             replace_file(path, lambda temporary, state=state: torch.save(state, temporary))  # type: ignore[misc]
             total, since = 0.0, 0
     return model.eval()
+
+
+def built(job: Job, number: int) -> nn.Module:
+    """The model as it is in a part, with fresh weights."""
+    depths = [part.depths for part in job.parts[: number + 1] if part.depths is not None]
+    return job.build(depths=depths[-1]) if depths else job.build()
+
+
+def grown(small: nn.Module, large: nn.Module) -> nn.Module:
+    """`large` with the weights of `small`; blocks that only it has add nothing to begin with."""
+    old = small.state_dict()
+    large.load_state_dict(large.state_dict() | old)
+    for name, weight in large.named_parameters():
+        if name not in old and (".o_proj." in name or ".fc2." in name):  # what a block adds comes through these two
+            nn.init.zeros_(weight)
+    return large
 
 
 def scheduled(parts: Sequence[Part], step: int, peak: float) -> float:
@@ -216,7 +242,12 @@ JOBS = {
         scene_segformer,
         segmentation_loss,
         3e-3,
-        (Part(60_000, 32, 64, 1), Part(160_000, 16), Part(112_000, 16, again=0.5)),
+        (
+            Part(60_000, 32, 64, 1, depths=(2, 2, 2, 2)),
+            Part(160_000, 16),
+            Part(112_000, 16, again=0.5),
+            Part(128_000, 16, again=0.7, depths=SEGFORMER_DEPTHS),
+        ),
         matrix_rate=2e-2,
     ),
 }

@@ -179,7 +179,7 @@ def test_the_segmenter_of_scenes_is_as_good_as_docs_zoo_says(tmp_path: Path) -> 
     found = evaluate_segmenters({"float": segmenter}, pairs, 11)["float"].to_json()
     stored = json.loads(files("vitq.data.zoo").joinpath("files", "scenes_segformer.json").read_text(encoding="utf-8"))
     assert abs(found["miou"] - stored["test_miou"]) < 4  # of a part of the test scenes, which is why they differ
-    assert stored["test_miou"] >= 68
+    assert stored["test_miou"] >= 70
 
 
 def test_sets_of_scenes_are_photos_without_labels_and_share_no_item() -> None:

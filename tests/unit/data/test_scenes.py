@@ -105,7 +105,10 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(
 ) -> None:
     module = script()
     monkeypatch.setattr(module, "KEPT", 2)  # a checkpoint after every step of two scenes
-    job = dataclasses.replace(module.JOBS[name], parts=(module.Part(2, 2, 64, 1), module.Part(4, 2)))
+    parts = [module.Part(2, 2, 64, 1), module.Part(4, 2)]
+    if name == "segformer":  # which grows right after the step that is kept
+        parts = [module.Part(2, 2, 64, 1, depths=(1, 1, 1, 1)), module.Part(4, 2, again=0.5, depths=(1, 2, 1, 1))]
+    job = dataclasses.replace(module.JOBS[name], parts=tuple(parts))
     whole = module.train(job, "fashion_calib", 0, tmp_path / "whole.pt")
     kept = module.replace_file
 
@@ -135,6 +138,21 @@ def test_rates_rise_and_fall_over_parts_and_once_more_where_one_begins_again() -
     assert max(longer[80:]) == 0.5
     with pytest.raises(ValueError, match="behind the last"):
         module.scheduled(more, 120, 1.0)
+
+
+def test_new_blocks_change_nothing_to_begin_with_and_can_learn() -> None:
+    module = script()
+    torch.manual_seed(0)
+    small = module.scene_segformer((1, 1, 2, 1)).eval()
+    images = torch.randn(2, 3, 64, 64)
+    before = small(pixel_values=images).logits
+    large = module.grown(small, module.scene_segformer((1, 2, 2, 3))).eval()
+    after = large(pixel_values=images).logits
+    assert torch.equal(before, after)
+    after.square().sum().backward()
+    new = [p for name, p in large.named_parameters() if name not in small.state_dict()]
+    assert len(new) > 20
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in new)
 
 
 def test_a_step_of_training_lowers_the_loss() -> None:

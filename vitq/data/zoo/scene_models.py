@@ -6,6 +6,7 @@ Shapes:  scene_maskrcnn    a list of images (3, H, W) in [0, 1]
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from vitq.data.zoo.scenes import SIZE
 
 WIDTH = 48  # channels of the pyramid
 STAGES = (32, 64, 128)  # channels of Swin's stages, of two blocks each
+SEGFORMER_DEPTHS = (2, 3, 4, 3)  # blocks of SegFormer's stages
 
 
 class SwinPyramid(nn.Module):
@@ -103,8 +105,11 @@ def trained_segformer() -> nn.Module:
     return trained(scene_segformer, "scenes_segformer")
 
 
-def scene_segformer() -> nn.Module:
+def scene_segformer(depths: Sequence[int] = SEGFORMER_DEPTHS) -> nn.Module:
     """transformers' SegFormer in four small stages, with fresh weights; 10 classes and background.
+
+    Args:
+        depths: blocks of the stages.
 
     Raises:
         MissingExtraError: transformers is not installed.
@@ -115,7 +120,7 @@ def scene_segformer() -> nn.Module:
         raise MissingExtraError("transformers", "hf", "the segmenter of scenes") from error
     library: Any = transformers
     config = library.SegformerConfig(
-        depths=[2, 2, 2, 2],
+        depths=list(depths),
         hidden_sizes=[32, 64, 96, 128],
         num_attention_heads=[1, 2, 3, 4],
         mlp_ratios=[4, 4, 4, 4],
