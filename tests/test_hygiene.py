@@ -12,7 +12,7 @@ import pytest
 
 TOP = Path(__file__).resolve().parents[1]
 PACKAGE = TOP / "vitq"
-MAX_BYTES = 3 * 2**20
+MAX_BYTES = 4 * 2**20
 
 # The patterns are put together here so that this file does not hold what it looks for.
 MACHINE_FOLDERS = "|".join(("work", "farm", "root", "home"))
